@@ -1,0 +1,44 @@
+"""Every error that megalm raises for its user, under one parent.
+
+The form is the same everywhere: the value, the rule it breaks, where the value came from, and what would work.
+The command-line programs print such an error as a paragraph and exit with its `exit_code`; a traceback is shown
+for everything else, since everything else is a defect of megalm.
+"""
+
+from __future__ import annotations
+
+
+class MegalmError(Exception):
+    """Something the user can put right. The message says how."""
+
+    exit_code = 1
+
+
+class ConfigError(MegalmError):
+    """A flag, a YAML value or a combination of them that cannot be obeyed."""
+
+    exit_code = 2
+
+
+class TopologyError(MegalmError):
+    """The processes that exist do not fit the layout that was asked for."""
+
+    exit_code = 2
+
+
+class DataError(MegalmError):
+    """A corpus, index, tokenizer or input document that is missing, broken or does not fit."""
+
+    exit_code = 3
+
+
+class KernelError(MegalmError):
+    """A kernel that was asked for by name and cannot run here."""
+
+    exit_code = 4
+
+
+class CheckpointError(MegalmError):
+    """A checkpoint that is missing, incomplete, damaged or made for another model."""
+
+    exit_code = 5
