@@ -1,0 +1,103 @@
+"""From the launcher's environment variables to a `Topology`: the only reader of the environment in megalm."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+
+from megalm.errors import TopologyError
+from megalm.topology.layout import Layout
+from megalm.topology.topology import Topology
+
+LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What the launcher says about this process."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Launch:
+        """Read what `deepspeed`, `torchrun` or srun set; a process without any of it is a run of one process.
+
+        Raises: TopologyError if some of the variables are there and others are not, or one is no number.
+        """
+        present = [name for name in LAUNCHER_VARIABLES if name in environment]
+        if "RANK" not in present and "WORLD_SIZE" not in present:
+            return cls(rank=0, world_size=1, local_rank=0)
+        missing = [name for name in LAUNCHER_VARIABLES if name not in environment]
+        if missing:
+            raise TopologyError(
+                f"the launcher set {', '.join(present)} but not {', '.join(missing)}\n"
+                "  start with launch/deepspeed.sh or launch/torchrun.sh, or with none of these variables for one process"
+            )
+        try:
+            rank, world_size, local_rank = (int(environment[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+        except ValueError as error:
+            raise TopologyError(f"RANK, WORLD_SIZE and LOCAL_RANK must be whole numbers: {error}") from error
+        return cls(rank=rank, world_size=world_size, local_rank=local_rank)
+
+
+def start(launch: Launch, *, tp: int, pp: int, backend: str = "auto", timeout_minutes: float = 30.0) -> Topology:
+    """Join the other processes and lay the axes over them.
+
+    Raises: TopologyError if tp * pp does not divide the world, or the backend cannot work on this device. Both are
+    known before any process waits for another one, so all of them stop.
+    """
+    layout = Layout.of_world(launch.world_size, tp=tp, pp=pp)
+    import torch
+
+    on_gpu = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR", "cuda") == "cuda"
+    if backend == "auto":
+        backend = "nccl" if on_gpu else "gloo"
+    if backend == "nccl" and not on_gpu:
+        raise TopologyError(
+            "parallel.backend = nccl needs a GPU, and this process sees none\n"
+            "  parallel.backend set by --distributed-backend\n"
+            "  values that fit: gloo, auto"
+        )
+    if launch.world_size == 1:
+        _complete_environment_of_one_process()
+    _join(backend, timeout_minutes)
+    device = torch.device("cuda", launch.local_rank) if on_gpu else torch.device("cpu")
+    if on_gpu:
+        torch.cuda.set_device(device)
+    return Topology.build(layout, rank=launch.rank, local_rank=launch.local_rank, device=device)
+
+
+def stop() -> None:
+    """Leave the process group, so that no rank dies with a connection open."""
+    import torch.distributed
+
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def _complete_environment_of_one_process() -> None:
+    """DeepSpeed reads these variables itself; without a launcher they name this one process on a free port."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    defaults = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
+
+
+def _join(backend: str, timeout_minutes: float) -> None:
+    """Initialise torch.distributed through DeepSpeed, without the compiler that DeepSpeed's CPU path asks for."""
+    import deepspeed
+    import deepspeed.ops
+
+    # On CPUs init_distributed builds the op deepspeed_shm_comm with g++ and ninja (40 s, or a failure). The op serves
+    # inference_all_reduce alone, which training never calls. Holds for DeepSpeed 0.15 to 0.19.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(
+        dist_backend=backend, auto_mpi_discovery=False, verbose=False, timeout=timedelta(minutes=timeout_minutes)
+    )

@@ -1,0 +1,53 @@
+"""Groups that the topology makes, on real ranks."""
+
+from __future__ import annotations
+
+import pytest
+
+from megalm.topology.start import Launch, start
+from tests.support.ranks import run_ranks
+
+pytestmark = pytest.mark.dist
+
+
+def _sums_of_ranks(tp: int, pp: int) -> dict[str, tuple[float, tuple[int, ...]]]:
+    import torch
+    import torch.distributed
+
+    topology = start(Launch.from_environment(), tp=tp, pp=pp)
+    sums = {}
+    for axis in ("tp", "pp", "dp", "model", "world"):
+        group = getattr(topology, axis)
+        value = torch.tensor(float(topology.world.rank))
+        if group.size > 1:
+            torch.distributed.all_reduce(value, group=group.handle)
+        sums[axis] = (value.item(), group.ranks)
+    return sums
+
+
+def _deepspeed_axes(tp: int, pp: int, dp: int) -> dict[str, list[list[int]]]:
+    from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
+
+    axes = PipeModelDataParallelTopology(num_pp=pp, num_mp=tp, num_dp=dp)
+    return {name: sorted(axes.get_axis_comm_lists(name)) for name in ("model", "pipe", "data")}
+
+
+@pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 1), (1, 2), (2, 2), (4, 1)])
+def test_each_axis_reduces_over_its_own_ranks_only(tp: int, pp: int) -> None:
+    for sums in run_ranks(_sums_of_ranks, 4, tp, pp):
+        for total, ranks in sums.values():
+            assert total == sum(ranks)
+
+
+@pytest.mark.parametrize(("tp", "pp", "dp"), [(2, 2, 2), (4, 1, 3), (1, 5, 2), (3, 2, 4)])
+def test_layout_has_the_axes_of_deepspeed(tp: int, pp: int, dp: int) -> None:
+    from megalm.topology.layout import Layout
+
+    layout = Layout(tp=tp, pp=pp, dp=dp)
+    (theirs,) = run_ranks(_deepspeed_axes, 1, tp, pp, dp)
+    ours = {"model": layout.tp_groups(), "pipe": layout.pp_groups(), "data": layout.dp_groups()}
+    for axis, groups in ours.items():
+        assert sorted(map(list, groups)) == theirs[axis] or len(groups[0]) == 1
+    for rank in range(layout.world_size):
+        t, p, d = layout.coordinates(rank)
+        assert layout.rank(tp=t, pp=p, dp=d) == rank
