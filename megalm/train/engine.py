@@ -1,0 +1,150 @@
+"""DeepSpeed's engines behind one small interface: a step, an evaluation, and the raw engine for checkpoints."""
+
+from __future__ import annotations
+
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed
+from torch import nn
+
+from megalm.data.batches import Batch
+from megalm.topology.mpu import Mpu
+from megalm.topology.topology import Topology
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one update tells every rank."""
+
+    loss: float
+    """Mean over the global batch, nats per token."""
+    grad_norm: float | None
+    """2-norm of the whole model's gradient before clipping."""
+    loss_scale: float | None
+    """Scale of the loss in fp16, None otherwise."""
+    skipped: bool
+    """Whether the update was left out because a gradient was not finite."""
+
+
+class Engine(ABC):
+    """One data-parallel replica's share of the training, spread over its pipeline and tensor ranks."""
+
+    def __init__(self, raw: Any, topology: Topology) -> None:
+        self.raw = raw
+        self._topology = topology
+
+    @property
+    def module(self) -> nn.Module:
+        """This rank's part of the model."""
+        module: nn.Module = self.raw.module
+        return module
+
+    def train_step(self, batches: Iterator[Batch], *, global_batch_size: int, learning_rate: float) -> StepResult:
+        """Read this rank's micro-batches of one global batch, and update the parameters once.
+
+        `batches` is read on the first and the last stage alone.
+        """
+        if self.raw.train_batch_size() != global_batch_size:
+            self.raw.set_train_batch_size(global_batch_size)
+        for group in self.raw.optimizer.param_groups:
+            group["lr"] = learning_rate
+        skipped_before = self.raw.skipped_steps
+        loss = self._forward_backward_update(batches)
+        norm = self.raw.get_global_grad_norm()
+        return StepResult(
+            loss=loss.item(),
+            grad_norm=None if norm is None else float(norm),
+            loss_scale=float(self.raw.loss_scale()) if self.raw.fp16_enabled() else None,
+            skipped=self.raw.skipped_steps > skipped_before,
+        )
+
+    @abstractmethod
+    def _forward_backward_update(self, batches: Iterator[Batch]) -> torch.Tensor:
+        """One update; returns the mean loss of the global batch, a scalar equal on every rank."""
+
+    @abstractmethod
+    def evaluate(self, batches: Iterator[Batch], *, num_micro_batches: int) -> float:
+        """Mean loss over `num_micro_batches` of each replica, in nats per token; equal on every rank."""
+
+
+class PipelineTrainingEngine(Engine):
+    """Any number of stages, one included, over DeepSpeed's PipelineEngine: 1F1B, ZeRO-0 or ZeRO-1."""
+
+    def _forward_backward_update(self, batches: Iterator[Batch]) -> torch.Tensor:
+        loss: torch.Tensor = self.raw.train_batch(data_iter=_as_pipeline_input(batches))
+        return loss
+
+    def evaluate(self, batches: Iterator[Batch], *, num_micro_batches: int) -> float:
+        loss = self.raw.eval_batch(_as_pipeline_input(batches), num_micro_batches=num_micro_batches)
+        return float(loss)
+
+
+class DataParallelTrainingEngine(Engine):
+    """One stage over the plain DeepSpeedEngine: the engine that has ZeRO-2 and ZeRO-3."""
+
+    def _forward_backward_update(self, batches: Iterator[Batch]) -> torch.Tensor:
+        self.raw.train()
+        num_micro_batches = self.raw.gradient_accumulation_steps()
+        total = torch.zeros((), device=self._topology.device)
+        for _ in range(num_micro_batches):
+            loss = self._loss(next(batches))
+            self.raw.backward(loss)
+            self.raw.step()
+            total += loss.detach()
+        return self._mean_over_replicas(total / num_micro_batches)
+
+    @torch.no_grad()
+    def evaluate(self, batches: Iterator[Batch], *, num_micro_batches: int) -> float:
+        self.raw.eval()
+        total = torch.zeros((), device=self._topology.device)
+        for _ in range(num_micro_batches):
+            total += self._loss(next(batches))
+        return float(self._mean_over_replicas(total / num_micro_batches))
+
+    def _loss(self, batch: Batch) -> torch.Tensor:
+        device = self._topology.device
+        loss: torch.Tensor = self.raw(
+            batch.tokens.to(device), labels=batch.labels.to(device), loss_mask=batch.loss_mask.to(device)
+        )
+        return loss
+
+    def _mean_over_replicas(self, loss: torch.Tensor) -> torch.Tensor:
+        if self._topology.dp.size > 1:
+            torch.distributed.all_reduce(loss, group=self._topology.dp.handle)
+            loss /= self._topology.dp.size
+        return loss
+
+
+def _as_pipeline_input(batches: Iterable[Batch]) -> Iterator[tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]]:
+    """The pair that PipelineEngine hands out: inputs to the first stage, labels to the last one's loss."""
+    for batch in batches:
+        yield batch.tokens, (batch.labels, batch.loss_mask)
+
+
+def build_engine(
+    module: nn.Module, optimizer: torch.optim.Optimizer, deepspeed_config: dict[str, Any], topology: Topology
+) -> Engine:
+    """Wrap a PipelineModule, or a plain module of one stage, in the engine that fits it."""
+    import deepspeed
+    from deepspeed.pipe import PipelineModule
+
+    _quieten_deepspeed()
+    pipelined = isinstance(module, PipelineModule)
+    raw, *_ = deepspeed.initialize(
+        model=module,
+        optimizer=optimizer,
+        config=deepspeed_config,
+        mpu=None if pipelined else Mpu(topology),
+        dist_init_required=False,
+    )
+    return PipelineTrainingEngine(raw, topology) if pipelined else DataParallelTrainingEngine(raw, topology)
+
+
+def _quieten_deepspeed() -> None:
+    """megalm logs what matters of the set-up itself; DeepSpeed's hundreds of lines stay for its warnings."""
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)

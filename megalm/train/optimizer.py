@@ -1,0 +1,100 @@
+"""AdamW over a tensor- and pipeline-parallel model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+import torch.distributed
+from torch import nn
+
+from megalm.config.training import TrainingConfig
+from megalm.topology.topology import Topology
+
+
+def parameter_groups(module: nn.Module, *, weight_decay: float) -> list[dict[str, Any]]:
+    """Matrices with weight decay; vectors (biases, LayerNorm weights) without.
+
+    Source: Megatron-LM's and GPT-2's practice: decay pulls matrices alone toward zero.
+    """
+    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    return [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+
+
+class AdamW(torch.optim.AdamW):
+    """torch's AdamW whose step first measures the gradient norm of the whole model and clips to it.
+
+    DeepSpeed clips by itself wherever it owns fp32 masters (ZeRO, bf16, fp16). In plain fp32 its norm leaves out the
+    replicated parameters of all stages but the first and counts tied embeddings twice, so that layouts would clip
+    differently: there, this class does it. `_global_grad_norm` is the name under which the engine looks for the norm.
+    """
+
+    def __init__(self, groups: Iterable[dict[str, Any]], *, topology: Topology, clip_grad: float, **options: Any) -> None:
+        super().__init__(groups, **options)
+        self._topology = topology
+        self._clip_grad = clip_grad
+        self._global_grad_norm: float | None = None
+        self.overflow = False
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> Any:
+        """Clip, then update; a gradient that is not finite leaves parameters and moments untouched on every rank.
+
+        Communicates: one all-reduce of a scalar over the model's ranks.
+        """
+        gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        norm = self._norm()
+        self._global_grad_norm = norm.item()
+        self.overflow = not torch.isfinite(norm).item()
+        if self.overflow:
+            return None
+        if self._clip_grad > 0 and self._global_grad_norm > self._clip_grad:
+            torch._foreach_mul_(gradients, self._clip_grad / (self._global_grad_norm + 1e-6))
+        return super().step(closure)
+
+    def _norm(self) -> torch.Tensor:
+        """2-norm over every parameter of the model, each counted once. Identical on all ranks that share a model.
+
+        Data-parallel replicas compute it from equal gradients and so agree without communication.
+        """
+        owned = [
+            parameter.grad
+            for group in self.param_groups
+            for parameter in group["params"]
+            if parameter.grad is not None and _is_counted_here(parameter, self._topology)
+        ]
+        if owned:
+            norms = torch.stack(torch._foreach_norm(owned, 2.0, dtype=torch.float32))
+            total = norms.square().sum()
+        else:
+            total = torch.zeros((), device=self._topology.device)
+        if self._topology.model.size > 1:
+            torch.distributed.all_reduce(total, group=self._topology.model.handle)
+        return total.sqrt()
+
+
+def _is_counted_here(parameter: nn.Parameter, topology: Topology) -> bool:
+    """Whether this rank counts the parameter: shards always, replicas on the first tensor rank, tied copies once."""
+    if getattr(parameter, "ds_pipe_replicated", False):
+        return False
+    return topology.tp.is_first or bool(getattr(parameter, "tensor_model_parallel", False))
+
+
+def build_optimizer(
+    module: nn.Module, training: TrainingConfig, *, topology: Topology, engine_clips: bool
+) -> torch.optim.Optimizer:
+    """The optimizer that the engine wraps; `engine_clips` where DeepSpeed keeps fp32 masters and clips by itself."""
+    groups = parameter_groups(module, weight_decay=training.weight_decay)
+    options = {
+        "lr": training.lr,
+        "betas": (training.adam_beta1, training.adam_beta2),
+        "eps": training.adam_eps,
+        "fused": topology.device.type == "cuda",
+    }
+    if engine_clips:
+        return torch.optim.AdamW(groups, **options)
+    return AdamW(groups, topology=topology, clip_grad=training.clip_grad, **options)
