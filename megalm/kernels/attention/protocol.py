@@ -1,0 +1,31 @@
+"""What an attention core promises."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor
+
+
+class AttentionCore(Protocol):
+    """Causal softmax attention with ALiBi, a mask and dropout.
+
+    Query i sees the keys j <= i that the mask does not hide. A query that sees nothing gives zeros.
+    Weights are softmax(q k^T / sqrt(d) + slope * (j - i)), computed in fp32 or better.
+    One core serves every layer of a model: what it caches, it caches once.
+
+    Shapes: q, k, v [b, n/t, s, d] -> [b, n/t, s, d] in the dtype of q; slopes [n/t] fp32 or None for no ALiBi;
+    mask bool [b or 1, 1, s, s], True = masked out, or None.
+    """
+
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        slopes: Tensor | None,
+        mask: Tensor | None,
+        dropout: float,
+        training: bool,
+    ) -> Tensor: ...

@@ -1,0 +1,51 @@
+"""Attention through torch.nn.functional.scaled_dot_product_attention, which picks a fused kernel where one fits."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+from torch.nn import functional
+
+from megalm.kernels.attention.bias_cache import CausalAlibiCache, causal_mask
+
+
+class SdpaAttention:
+    """An `AttentionCore`: torch's fused kernels, with ALiBi as an additive bias that is built once for all layers.
+
+    The bias is slope * (j - i), rounded to the dtype of q because the fused kernels ask for it. In bf16 its error is
+    2^-9 of itself and so vanishes on near keys; far keys, where it is large, have weights that are small in proportion.
+    """
+
+    def __init__(self) -> None:
+        self._biases = CausalAlibiCache()
+
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        slopes: Tensor | None,
+        mask: Tensor | None,
+        dropout: float,
+        training: bool,
+    ) -> Tensor:
+        dropout_p = dropout if training else 0.0
+        scale = 1.0 / math.sqrt(q.size(-1))
+        if mask is None:
+            bias = None if slopes is None else self._biases.get(slopes, q.size(2), q.dtype).unsqueeze(0)  # [1, n, s, s]
+            return functional.scaled_dot_product_attention(
+                q, k, v, attn_mask=bias, dropout_p=dropout_p, is_causal=bias is None, scale=scale
+            )
+        hidden = mask | causal_mask(q.size(2), q.device)  # [b or 1, 1, s, s]
+        # The kernels disagree about rows that see nothing. Such a row is shown everything and its result is dropped.
+        blind = hidden.all(dim=-1, keepdim=True)  # [b or 1, 1, s, 1]
+        hidden = hidden & ~blind
+        if slopes is None:
+            bias = ~hidden
+        else:
+            bias = self._biases.get(slopes, q.size(2), q.dtype).masked_fill(hidden, float("-inf"))
+            bias = bias.masked_fill(blind, 0.0)  # [b or 1, n, s, s]
+        context = functional.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout_p, scale=scale)
+        return context.masked_fill(blind, 0.0)

@@ -1,0 +1,93 @@
+"""Which implementation of an operation a run uses, chosen once when the model is built."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from megalm.errors import KernelError
+from megalm.kernels.attention.baddbmm import BaddbmmAttention
+from megalm.kernels.attention.sdpa import SdpaAttention
+from megalm.kernels.bias_gelu import eager, jit
+from megalm.kernels.layer_norm import oracle, torch_native
+
+
+@dataclass(frozen=True)
+class Choice:
+    """An implementation, its name and why it was taken; the caller logs the last two."""
+
+    name: str
+    implementation: Any
+    reason: str
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    build: Callable[[], Any]
+    obstacle: Callable[[torch.device], str | None]
+
+
+def _no_obstacle(device: torch.device) -> str | None:
+    return None
+
+
+def _jit_obstacle(device: torch.device) -> str | None:
+    failure = jit.scripting_failure()
+    return None if failure is None else f"TorchScript does not work here ({failure})"
+
+
+_CANDIDATES: dict[str, dict[str, _Candidate]] = {
+    "attention": {
+        "baddbmm": _Candidate(BaddbmmAttention, _no_obstacle),
+        "sdpa": _Candidate(SdpaAttention, _no_obstacle),
+    },
+    "layer_norm": {
+        "reference": _Candidate(lambda: oracle.layer_norm, _no_obstacle),
+        "torch": _Candidate(lambda: torch_native.layer_norm, _no_obstacle),
+    },
+    "bias_gelu": {
+        "torch": _Candidate(lambda: eager.bias_gelu, _no_obstacle),
+        "jit": _Candidate(lambda: jit.bias_gelu_jit, _jit_obstacle),
+    },
+}
+
+
+def choose(operation: str, requested: str, device: torch.device) -> Choice:
+    """The implementation of attention, layer_norm or bias_gelu that `requested` names, or that `auto` finds best.
+
+    Build one choice and share it between the layers: an attention core caches its bias.
+
+    Raises: KernelError if `requested` is not known or cannot run on `device`.
+    """
+    candidates = _CANDIDATES[operation]
+    if requested == "auto":
+        name, reason = _preference(operation, device)
+        return Choice(name, candidates[name].build(), reason)
+    remedy = f"  implementations that work here: {', '.join(_usable(operation, device))}"
+    if requested not in candidates:
+        raise KernelError(f"output.{operation} = {requested!r} is not an implementation of {operation}\n{remedy}")
+    obstacle = candidates[requested].obstacle(device)
+    if obstacle is not None:
+        raise KernelError(f"output.{operation} = {requested!r} cannot run on {device}: {obstacle}\n{remedy}")
+    return Choice(requested, candidates[requested].build(), "asked for by name")
+
+
+def _usable(operation: str, device: torch.device) -> list[str]:
+    found = [name for name, candidate in _CANDIDATES[operation].items() if candidate.obstacle(device) is None]
+    return ["auto", *found]
+
+
+def _preference(operation: str, device: torch.device) -> tuple[str, str]:
+    if operation == "attention":
+        return "sdpa", "torch's fused attention is faster than separate matrix products"
+    if operation == "layer_norm":
+        return "torch", "torch's kernel keeps fp32 statistics and is faster than separate operations"
+    if device.type == "cpu":
+        return "torch", "TorchScript does not fuse on a CPU; torch's GELU is one kernel"
+    obstacle = _jit_obstacle(device)
+    if obstacle is not None:
+        return "torch", obstacle
+    return "jit", "TorchScript fuses bias and GELU on this device and keeps no intermediate"

@@ -1,0 +1,16 @@
+"""What a LayerNorm implementation promises."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor
+
+
+class LayerNormKernel(Protocol):
+    """Normalises the last dimension in fp32, whatever the dtypes, and rounds once to the dtype of `x`.
+
+    Shapes: x [..., h], weight [h], bias [h] -> [..., h].
+    """
+
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor: ...
