@@ -28,8 +28,8 @@ class Layout:
         if tp < 1 or pp < 1 or world_size % (tp * pp) != 0:
             fitting = [size for size in range(1, world_size + 1) if world_size % size == 0]
             raise TopologyError(
-                f"parallel.tp * parallel.pp = {tp} * {pp} = {tp * pp} must divide the number of processes = {world_size}\n"
-                f"  the number of processes is set by the launcher (--num_gpus, --nproc-per-node, the hostfile)\n"
+                f"parallel.tp * parallel.pp = {tp} * {pp} = {tp * pp} must divide the {world_size} processes\n"
+                "  the number of processes is set by the launcher (--num_gpus, --nproc-per-node, the hostfile)\n"
                 f"  products that fit: {', '.join(map(str, fitting))}"
             )
         return cls(tp=tp, pp=pp, dp=world_size // (tp * pp))

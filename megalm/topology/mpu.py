@@ -32,7 +32,7 @@ class Mpu:
         """Size of the tensor axis."""
         return self._topology.tp.size
 
-    def get_model_parallel_group(self) -> ProcessGroup:
+    def get_model_parallel_group(self) -> ProcessGroup | None:
         """Group of the tensor axis."""
         return self._tp_handle
 
@@ -60,7 +60,7 @@ class Mpu:
         """Size of the data axis."""
         return self._topology.dp.size
 
-    def get_data_parallel_group(self) -> ProcessGroup:
+    def get_data_parallel_group(self) -> ProcessGroup | None:
         """Group of the data axis."""
         return self._dp_handle
 
@@ -69,7 +69,7 @@ class Mpu:
         return list(self._topology.dp.ranks)
 
 
-def _group_of_one(world: Group) -> ProcessGroup:
+def _group_of_one(world: Group) -> ProcessGroup | None:
     """A group with this rank alone; every rank creates every group, as torch.distributed requires."""
     if world.size == 1:
         return torch.distributed.group.WORLD

@@ -36,7 +36,7 @@ class Launch:
         if missing:
             raise TopologyError(
                 f"the launcher set {', '.join(present)} but not {', '.join(missing)}\n"
-                "  start with launch/deepspeed.sh or launch/torchrun.sh, or with none of these variables for one process"
+                "  start with launch/deepspeed.sh or launch/torchrun.sh; for one process, unset all of them"
             )
         try:
             rank, world_size, local_rank = (int(environment[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))

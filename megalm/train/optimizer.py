@@ -33,7 +33,9 @@ class AdamW(torch.optim.AdamW):
     differently: there, this class does it. `_global_grad_norm` is the name under which the engine looks for the norm.
     """
 
-    def __init__(self, groups: Iterable[dict[str, Any]], *, topology: Topology, clip_grad: float, **options: Any) -> None:
+    def __init__(
+        self, groups: Iterable[dict[str, Any]], *, topology: Topology, clip_grad: float, **options: Any
+    ) -> None:
         super().__init__(groups, **options)
         self._topology = topology
         self._clip_grad = clip_grad
@@ -89,7 +91,7 @@ def build_optimizer(
 ) -> torch.optim.Optimizer:
     """The optimizer that the engine wraps; `engine_clips` where DeepSpeed keeps fp32 masters and clips by itself."""
     groups = parameter_groups(module, weight_decay=training.weight_decay)
-    options = {
+    options: dict[str, Any] = {
         "lr": training.lr,
         "betas": (training.adam_beta1, training.adam_beta2),
         "eps": training.adam_eps,

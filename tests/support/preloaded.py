@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 
-import deepspeed.ops
+import deepspeed.ops  # noqa: F401  # imported for its cost
 import torch
 
 torch.set_num_threads(1)

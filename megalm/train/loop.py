@@ -1,0 +1,131 @@
+"""The training loop: step, log, evaluate, save, stop, in this order."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+from megalm.config.root import Config
+from megalm.data.batches import Batch
+from megalm.telemetry.console import Console
+from megalm.telemetry.metrics import Sink, StepMetrics
+from megalm.topology.topology import Topology
+from megalm.train.engine import Engine
+from megalm.train.evaluation import Evaluator
+from megalm.train.saver import Saver
+from megalm.train.schedule import BatchSize, LearningRate
+from megalm.train.state import TrainState
+from megalm.train.stop import StopReason, StopRequest
+
+SPEED_WINDOW_STEPS = 20
+"""Steps over which speed and time left are averaged."""
+
+
+@dataclass
+class Run:
+    """A run, wired: everything the loop touches. `train/build.py` makes it."""
+
+    config: Config
+    topology: Topology
+    engine: Engine
+    state: TrainState
+    batch_size: BatchSize
+    learning_rate: LearningRate
+    batches: Iterator[Batch]
+    validation: Evaluator
+    test: Evaluator
+    saver: Saver
+    stop: StopRequest
+    console: Console
+    sinks: Sequence[Sink]
+    flops_per_token: float
+    recent: deque[tuple[float, int]] = field(default_factory=lambda: deque(maxlen=SPEED_WINDOW_STEPS))
+    """Seconds and tokens of the last steps."""
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the training that was asked for is done."""
+        training = self.config.training
+        if training.train_samples is not None:
+            return self.state.consumed_samples >= training.train_samples
+        return self.state.step >= (training.train_iters or 0)
+
+    @property
+    def total_steps(self) -> int:
+        """Steps of the whole run, those before a resume included."""
+        training = self.config.training
+        if training.train_samples is not None:
+            return self.batch_size.steps_for(training.train_samples)
+        return training.train_iters or 0
+
+
+def train(run: Run) -> StopReason:
+    """Train until the run is complete or somebody asks it to stop; what was trained is saved in either case.
+
+    Raises: CheckpointError if a checkpoint cannot be written.
+    """
+    reason = StopReason.NONE
+    run.stop.listen()
+    while not run.is_complete and reason is StopReason.NONE:
+        metrics = step(run)
+        for sink in run.sinks:
+            sink.log_step(metrics)
+        if _is_due(run.state, run.config.training.eval_interval) or run.is_complete:
+            evaluate(run, run.validation)
+        if _is_due(run.state, run.config.output.save_interval):
+            run.saver.save(run.state)
+        reason = run.stop.agree(run.state.step, run.topology)
+    run.saver.save_if_newer(run.state)
+    return reason
+
+
+def step(run: Run) -> StepMetrics:
+    """One update of the parameters, and the progress it made."""
+    state = run.state
+    batch_size = run.batch_size.at(state.consumed_samples)
+    progress = state.consumed_samples + batch_size if run.config.training.by_samples else state.step + 1
+    learning_rate = run.learning_rate.at(progress)
+
+    started = time.perf_counter()
+    result = run.engine.train_step(run.batches, global_batch_size=batch_size, learning_rate=learning_rate)
+    step_seconds = time.perf_counter() - started
+
+    tokens = batch_size * run.config.data.seq_length
+    state.step += 1
+    state.consumed_samples += batch_size
+    state.consumed_tokens += tokens
+    state.skipped_steps += int(result.skipped)
+    run.recent.append((step_seconds, tokens))
+    seconds, recent_tokens = (sum(column) for column in zip(*run.recent, strict=True))
+    tokens_per_second = recent_tokens / seconds
+    return StepMetrics(
+        step=state.step,
+        total_steps=run.total_steps,
+        consumed_samples=state.consumed_samples,
+        consumed_tokens=state.consumed_tokens,
+        loss=result.loss,
+        lr=learning_rate,
+        grad_norm=result.grad_norm,
+        step_seconds=step_seconds,
+        tokens_per_second=tokens_per_second,
+        tflops=tokens_per_second * run.flops_per_token / run.topology.world.size / 1e12,
+        eta_seconds=(run.total_steps - state.step) * seconds / len(run.recent),
+        loss_scale=result.loss_scale,
+        skipped=result.skipped,
+    )
+
+
+def evaluate(run: Run, evaluator: Evaluator) -> dict[str, float]:
+    """Evaluate every set of `evaluator` and log it."""
+    losses = evaluator.run(run.engine)
+    for name, loss in losses.items():
+        for sink in run.sinks:
+            sink.log_validation(run.state.step, run.state.consumed_samples, name, loss)
+    return losses
+
+
+def _is_due(state: TrainState, interval: int | None) -> bool:
+    """Whether `interval` steps have passed; None and 0 are never."""
+    return interval is not None and interval > 0 and state.step % interval == 0

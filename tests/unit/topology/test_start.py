@@ -1,0 +1,30 @@
+"""The launcher's variables are read whole or refused."""
+
+from __future__ import annotations
+
+import pytest
+
+from megalm.errors import TopologyError
+from megalm.topology.start import Launch
+
+COMPLETE = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+
+
+def test_a_process_without_launcher_is_a_run_of_one() -> None:
+    assert Launch.from_environment({}) == Launch(rank=0, world_size=1, local_rank=0)
+
+
+def test_the_launcher_is_believed() -> None:
+    assert Launch.from_environment(COMPLETE) == Launch(rank=3, world_size=4, local_rank=1)
+
+
+@pytest.mark.parametrize("missing", ["LOCAL_RANK", "MASTER_ADDR", "WORLD_SIZE"])
+def test_half_an_environment_is_refused_by_name(missing: str) -> None:
+    environment = {name: value for name, value in COMPLETE.items() if name != missing}
+    with pytest.raises(TopologyError, match=missing):
+        Launch.from_environment(environment)
+
+
+def test_a_rank_that_is_no_number_is_refused() -> None:
+    with pytest.raises(TopologyError, match="whole numbers"):
+        Launch.from_environment({**COMPLETE, "RANK": "first"})
