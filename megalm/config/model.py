@@ -10,7 +10,7 @@ POSITION_EMBEDDINGS = ("alibi", "learned")
 ACTIVATIONS = ("gelu_tanh", "gelu_erf")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """Shape of a GPT-family model. Defaults are GPT-2's formulas; `configs/bloom` overrides them with BLOOM's."""
 
@@ -22,7 +22,9 @@ class ModelConfig:
         None, doc="Rows of the learned position table, in tokens; seq_length when not given. ALiBi has no table."
     )
     position_embedding: str = option(
-        "learned", doc="How positions enter: added to the embedding, or as ALiBi's distances.", choices=POSITION_EMBEDDINGS
+        "learned",
+        doc="How positions enter: added to the embedding, or as ALiBi's distances.",
+        choices=POSITION_EMBEDDINGS,
     )
     embed_layernorm: bool = option(False, doc="LayerNorm right after the word embedding, as BLOOM has it.")
     activation: str = option(
@@ -33,12 +35,16 @@ class ModelConfig:
     hidden_dropout: float = option(0.0, doc="Probability of dropping an element of a block's branch output.")
     attention_dropout: float = option(0.0, doc="Probability of dropping an attention weight.")
     init_std: float = option(
-        0.02, doc="Standard deviation of initial weights; projections into the residual use init_std / sqrt(2 * num_layers)."
+        0.02,
+        doc="Standard deviation of initial weights; projections into the residual use init_std / sqrt(2 * num_layers).",
     )
-    vocab_size: int | None = option(None, doc="Tokens of the vocabulary before padding; the tokenizer's when not given.")
+    vocab_size: int | None = option(
+        None, doc="Tokens of the vocabulary before padding; the tokenizer's when not given."
+    )
     pad_vocab_size_to: int | None = option(None, doc="Rows of the word embedding, padding included.")
     make_vocab_size_divisible_by: int = option(
-        128, doc="Padding multiple of the word embedding when pad_vocab_size_to is not given; independent of the layout."
+        128,
+        doc="Padding multiple of the word embedding when pad_vocab_size_to is not given; independent of the layout.",
     )
 
     @property

@@ -7,14 +7,16 @@ from dataclasses import dataclass
 from megalm.config.option import option
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class OutputConfig:
     """Checkpoints in and out, sinks of the metrics."""
 
     save: str | None = option(None, doc="Folder that receives checkpoints.")
     load: str | None = option(None, doc="Folder whose newest valid checkpoint the run continues from.")
     save_interval: int | None = option(None, doc="Steps between checkpoints; only at the end when not given.")
-    keep_last: int | None = option(None, doc="Newest checkpoints kept; all when not given. The last valid one always stays.")
+    keep_last: int | None = option(
+        None, doc="Newest checkpoints kept; all when not given. The last valid one always stays."
+    )
     allow_fresh_start: bool = option(False, doc="Start from step 0 when load holds no valid checkpoint.")
     load_optim: bool = option(True, doc="Load optimizer state with the weights.")
     load_rng: bool = option(True, doc="Load the random-number states.")
@@ -23,12 +25,16 @@ class OutputConfig:
     override_lr_schedule: bool = option(False, doc="Follow this run's schedule, not the one stored in the checkpoint.")
 
     log_interval: int = option(10, doc="Steps between progress lines.")
-    metrics_path: str | None = option(None, doc="JSON-lines file of every logged metric; save/metrics.jsonl when not given.")
+    metrics_path: str | None = option(
+        None, doc="JSON-lines file of every logged metric; save/metrics.jsonl when not given."
+    )
     tensorboard_dir: str | None = option(None, doc="Folder of TensorBoard events; none are written when not given.")
     tensorboard_queue_size: int = option(1000, doc="Events held before TensorBoard writes them.")
     wandb_project: str | None = option(None, doc="W&B project; nothing is sent or written when not given.")
     wandb_name: str | None = option(None, doc="W&B run name.")
-    wandb_mode: str = option("offline", doc="offline writes records under save/wandb; online sends them.", choices=("offline", "online"))
+    wandb_mode: str = option(
+        "offline", doc="offline writes records under save/wandb; online sends them.", choices=("offline", "online")
+    )
     wandb_dir: str | None = option(None, doc="Folder of the W&B records; the save folder when not given.")
     plot: str | None = option(None, doc="PNG that receives the training and validation curve at the end.")
     log_level: str = option("info", doc="Least severe message shown.", choices=("debug", "info", "warning", "error"))

@@ -10,14 +10,12 @@ DTYPES = ("fp32", "bf16", "fp16")
 DECAY_STYLES = ("constant", "linear", "cosine")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
     """Everything that decides the sequence of parameter updates, given the model and the data."""
 
     micro_batch_size: int = option(doc="Samples in one forward pass of one data-parallel replica.")
-    global_batch_size: int | None = option(
-        None, doc="Samples in one step; micro_batch_size * dp when not given."
-    )
+    global_batch_size: int | None = option(None, doc="Samples in one step; micro_batch_size * dp when not given.")
     rampup_batch_size: tuple[int, int, int] | None = option(
         None, doc="START INCREMENT SAMPLES: grow the global batch from START by INCREMENT over SAMPLES samples."
     )
