@@ -1,0 +1,105 @@
+"""Several corpora dealt in proportion to their weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from megalm.data.source import SampleSource
+
+CHUNKS = 1024
+"""Stretches of the order that are computed side by side."""
+CELLS = 1 << 16
+"""Stretches times corpora at most, so that a step stays within the processor's cache."""
+
+
+def normalised(weights: Sequence[float]) -> list[float]:
+    """Weights that add up to 1, by the two divisions of the other trainers, so that ties fall as they do there."""
+    total = 0.0
+    for weight in weights:
+        total += weight
+    once = np.array([weight / total for weight in weights], np.float64)
+    result: list[float] = (once / np.sum(once)).tolist()
+    return result
+
+
+def largest_deficit(weights: Sequence[float], num_samples: int) -> npt.NDArray[np.int16]:
+    """Which corpus gives each sample: the one that is furthest behind its share, the first of equals.
+
+    The order is sequential by nature, each choice depending on all before. It is computed exactly and yet side by side:
+    the order is cut in stretches, each starts from a guess of how much every corpus has given by then, and all are
+    stepped together. A stretch that did not start from what the one before ended with is computed again from there.
+    Greedy orders forget their start quickly, so that two or three rounds suffice; the result is exact at any rate.
+    """
+    shares = np.asarray(weights, np.float64)
+    if num_samples == 0 or len(shares) == 1:
+        return np.zeros(num_samples, np.int16)
+    chunks = max(1, min(CHUNKS, CELLS // len(shares), num_samples // 64))
+    length = -(-num_samples // chunks)
+    starts = np.minimum(np.arange(chunks, dtype=np.int64) * length, num_samples)
+    begin = np.stack([_guess(shares, int(start)) for start in starts])
+    end = np.zeros_like(begin)
+    choices = np.zeros((chunks, length), np.int16)
+    stale = np.arange(chunks)
+    while len(stale):
+        choices[stale], end[stale] = _advance(shares, starts[stale], begin[stale], length)
+        stale = 1 + np.flatnonzero((begin[1:] != end[:-1]).any(axis=1))
+        begin[stale] = end[stale - 1]
+    return choices.reshape(-1)[:num_samples]
+
+
+def _guess(shares: npt.NDArray[np.float64], start: int) -> npt.NDArray[np.float64]:
+    """Whole numbers near shares * start that add up to start."""
+    exact = shares * start
+    counts = np.floor(exact)
+    missing = start - int(counts.sum())
+    counts[np.argsort(counts - exact, kind="stable")[: max(0, missing)]] += 1
+    return counts
+
+
+def _advance(
+    shares: npt.NDArray[np.float64], starts: npt.NDArray[np.int64], counts: npt.NDArray[np.float64], length: int
+) -> tuple[npt.NDArray[np.int16], npt.NDArray[np.float64]]:
+    """Choices of `length` steps from each start, and the counts after them."""
+    counts = counts.copy()
+    rows = np.arange(len(starts))
+    choices = np.empty((length, len(starts)), np.int16)
+    deficits = np.empty_like(counts)
+    for step in range(length):
+        # The other trainers count the very first sample as the second, hence the maximum.
+        np.multiply(shares, np.maximum(starts + step, 1)[:, None].astype(np.float64), out=deficits)
+        deficits -= counts
+        chosen = deficits.argmax(axis=1)
+        choices[step] = chosen
+        counts[rows, chosen] += 1
+    return choices.T, counts
+
+
+def numbered_within(choices: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
+    """How often each entry's corpus was chosen before it: the sample that it gives."""
+    by_corpus = np.argsort(choices, kind="stable")
+    counts = np.bincount(choices)
+    firsts = np.cumsum(counts) - counts
+    numbers = np.empty(len(choices), np.int64)
+    numbers[by_corpus] = np.arange(len(choices)) - firsts[choices[by_corpus]]
+    return numbers
+
+
+class Blend:
+    """A source whose samples come from several others in largest-deficit order."""
+
+    def __init__(self, datasets: Sequence[SampleSource], weights: Sequence[float], num_samples: int) -> None:
+        if len(datasets) != len(weights) or not datasets:
+            raise ValueError(f"{len(datasets)} datasets and {len(weights)} weights")
+        self.datasets = tuple(datasets)
+        self.choices = largest_deficit(normalised(weights), num_samples)
+        self.numbers = numbered_within(self.choices)
+
+    def __len__(self) -> int:
+        return len(self.choices)
+
+    def __getitem__(self, i: int) -> npt.NDArray[Any]:
+        return self.datasets[int(self.choices[i])][int(self.numbers[i])]

@@ -1,0 +1,166 @@
+"""From the data section of the configuration to the sources of training, validation and test samples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from megalm.config.data import DataConfig
+from megalm.data.blend import Blend, largest_deficit, normalised
+from megalm.data.gpt_dataset import GPTDataset
+from megalm.data.indexed import IndexedDataset
+from megalm.data.order import Order, order_named
+from megalm.data.source import SampleSource
+from megalm.data.split import SPLITS, Member, parse_data_path, parse_groups, range_bounds
+from megalm.errors import DataError
+
+
+@dataclass
+class Datasets:
+    """The sources of one run; validation and test sets by name."""
+
+    train: SampleSource | None = None
+    valid: dict[str, SampleSource] = field(default_factory=dict)
+    test: dict[str, SampleSource] = field(default_factory=dict)
+    report: list[str] = field(default_factory=list)
+    """One line for each corpus and split: sequences, tokens, samples, epochs. To be logged before training."""
+
+
+def build_datasets(
+    data: DataConfig,
+    *,
+    num_samples: Mapping[str, int],
+    seed: int,
+    vocab_size: int | None = None,
+    order: str = "bigscience",
+    log: Callable[[str], None] | None = None,
+) -> Datasets:
+    """Open the corpora and build the sample maps of every split with `num_samples` ("train", "valid", "test") > 0.
+
+    Every rank may call this at once. `vocab_size` is the number of ids that the model has room for.
+    Raises: DataError for corpora, splits and weights that cannot be used.
+    """
+    builder = _Builder(data, seed=seed, vocab_size=vocab_size, order=order_named(order), log=log)
+    wanted = {split: num_samples.get(split, 0) for split in SPLITS}
+    groups = (data.train_weighted_split_paths, data.valid_weighted_split_paths, data.test_weighted_split_paths)
+    if data.data_path and any(groups):
+        raise DataError("data_path and the weighted split paths exclude each other; give one of them")
+    if data.data_path:
+        builder.add_data_path(data.data_path, data.split, wanted)
+    elif any(groups):
+        for split, texts in zip(SPLITS, groups, strict=True):
+            builder.add_groups(split, texts, wanted[split])
+    else:
+        raise DataError("no corpus is given\n  pass --data-path PREFIX, or --train-weighted-split-paths")
+    return builder.datasets
+
+
+class _Builder:
+    def __init__(
+        self,
+        data: DataConfig,
+        *,
+        seed: int,
+        vocab_size: int | None,
+        order: Order,
+        log: Callable[[str], None] | None,
+    ) -> None:
+        self.data = data
+        self.seed = seed
+        self.vocab_size = vocab_size
+        self.order = order
+        self.log = log
+        self.datasets = Datasets()
+        self._open: dict[str, IndexedDataset] = {}
+
+    def add_data_path(self, words: tuple[str, ...], split_text: str, wanted: Mapping[str, int]) -> None:
+        members = parse_data_path(words)
+        bounds = [self.order.bounds(split_text, self.indexed(member.prefix).num_sequences) for member in members]
+        for at, split in enumerate(SPLITS):
+            if wanted[split] < 1:
+                continue
+            parts = [(member, ranges[at]) for member, ranges in zip(members, bounds, strict=True)]
+            kept = [(member, part) for member, part in parts if part[1] > part[0]]
+            for member, _ in (pair for pair in parts if pair not in kept):
+                self.datasets.report.append(f"{split}: no sequence of {member.prefix} falls in it (split {split_text})")
+            if kept:
+                self._store(split, split, self.source(split, kept, wanted[split], blended=len(words) > 1))
+            elif split != "test":
+                raise DataError(
+                    f"the {split} split of data_path is empty, and {wanted[split]} samples are needed\n"
+                    f"  split = {split_text!r}; give it a larger share, or a larger corpus"
+                )
+
+    def add_groups(self, split: str, texts: tuple[str, ...], wanted: int) -> None:
+        groups = parse_groups(texts)
+        if split == "train" and len(groups) != 1:
+            raise DataError(f"training takes one weighted group, not {len(groups)}; join them with commas")
+        if wanted < 1:
+            return
+        for group in groups:
+            parts = [
+                (member, range_bounds(member, self.indexed(member.prefix).num_sequences)) for member in group.members
+            ]
+            self._report_overlaps(group.name, parts)
+            self._store(split, group.name, self.source(group.name, parts, wanted, blended=len(parts) > 1))
+
+    def source(
+        self, name: str, parts: Sequence[tuple[Member, tuple[int, int]]], num_samples: int, *, blended: bool
+    ) -> SampleSource:
+        if not blended:
+            ((member, split_range),) = parts
+            return self._corpus(name, member, split_range, num_samples)
+        for member, _ in parts:
+            if not member.weight > 0:
+                raise DataError(f"corpus {member.prefix} has weight {member.weight}; leave it out instead")
+        weights = normalised([member.weight for member, _ in parts])
+        used = np.bincount(largest_deficit(weights, num_samples), minlength=len(parts))
+        corpora = [
+            # The surplus of the other trainers is too small for few samples: there they fail and we ask for more.
+            self._corpus(name, member, split_range, max(self.order.share(num_samples, weight), int(uses)))
+            for (member, split_range), weight, uses in zip(parts, weights, used, strict=True)
+        ]
+        return Blend(corpora, weights, num_samples)
+
+    def indexed(self, prefix: str) -> IndexedDataset:
+        if prefix not in self._open:
+            self._open[prefix] = IndexedDataset(prefix)
+        return self._open[prefix]
+
+    def _corpus(self, name: str, member: Member, split_range: tuple[int, int], num_samples: int) -> GPTDataset:
+        indexed = self.indexed(member.prefix)
+        dataset = GPTDataset(
+            indexed,
+            split_range,
+            seq_length=self.data.seq_length,
+            num_samples=num_samples,
+            seed=self.seed,
+            name=name,
+            order=self.order,
+            cache_path=self.data.cache_path,
+            vocab_size=self.vocab_size,
+            log=self.log,
+        )
+        begin, end = split_range
+        tokens = int(indexed.lengths[begin:end].sum(dtype=np.int64))
+        epochs = num_samples * self.data.seq_length / tokens
+        self.datasets.report.append(
+            f"{name}: {member.prefix} sequences [{begin}, {end}), {tokens:,} tokens, "
+            f"{num_samples:,} samples of {self.data.seq_length} = {epochs:.3g} epochs"
+        )
+        return dataset
+
+    def _store(self, split: str, name: str, source: SampleSource) -> None:
+        if split == "train":
+            self.datasets.train = source
+        else:
+            getattr(self.datasets, split)[name] = source
+
+    def _report_overlaps(self, name: str, parts: Sequence[tuple[Member, tuple[int, int]]]) -> None:
+        for at, (member, (begin, end)) in enumerate(parts):
+            for other, (other_begin, other_end) in parts[:at]:
+                shared = min(end, other_end) - max(begin, other_begin)
+                if member.prefix == other.prefix and shared > 0:
+                    self.datasets.report.append(f"{name}: {shared} sequences of {member.prefix} are in it twice")
