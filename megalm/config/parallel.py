@@ -26,7 +26,7 @@ class ParallelConfig:
     )
     recompute: str = option(
         "none",
-        doc="Activations recomputed in backward: none, those of the attention core (selective), or whole blocks (full).",
+        doc="Activations recomputed in backward: none, the attention core's (selective), or whole blocks (full).",
         choices=RECOMPUTE,
     )
     zero_stage: int = option(

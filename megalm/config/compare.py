@@ -1,0 +1,53 @@
+"""What changed between the configuration of a checkpoint and that of the run that loads it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from megalm.config.checks_layout import padded_vocab_size
+from megalm.config.root import Config
+
+MODEL_PATHS = (
+    "model.num_layers", "model.hidden_size", "model.num_heads", "model.position_embedding", "model.embed_layernorm",
+    "model.activation", "model.tie_embeddings", "model.layernorm_epsilon",
+)  # fmt: skip
+DERIVED_PATHS = ("model.ffn_hidden_size", "model.max_position_embeddings", "model.pad_vocab_size_to")
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One value that differs. `changes_model`: the stored weights do not fit, or mean something else, in this model."""
+
+    path: str
+    stored: Any
+    current: Any
+    source: str
+    changes_model: bool
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.stored} in the checkpoint, {self.current} now ({self.source})"
+
+
+def differences(stored: Config, current: Config) -> list[Difference]:
+    """Every path whose value differs; sizes that are derived when not given are compared as derived."""
+    found = []
+    stored_values, current_values = _effective(stored), _effective(current)
+    for path, was in stored_values.items():
+        now = current_values[path]
+        if was == now:
+            continue
+        unknown_vocab = path == "model.pad_vocab_size_to" and None in (was, now)
+        changes_model = path in MODEL_PATHS or (path in DERIVED_PATHS and not unknown_vocab)
+        found.append(Difference(path, was, now, current.source(path), changes_model))
+    return found
+
+
+def _effective(config: Config) -> dict[str, Any]:
+    values = config.values()
+    values["model.ffn_hidden_size"] = config.model.ffn_size
+    values["model.pad_vocab_size_to"] = padded_vocab_size(config, None)
+    learned = config.model.position_embedding == "learned"
+    rows = config.model.max_position_embeddings or config.data.seq_length
+    values["model.max_position_embeddings"] = rows if learned else None
+    return values

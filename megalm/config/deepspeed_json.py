@@ -1,0 +1,211 @@
+"""The DeepSpeed JSON: built from the Config for the engine, and read from the file that launch scripts pass."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from megalm.config.failures import Failure, nearest, origin_of
+from megalm.config.root import Config, option_table
+from megalm.config.settings import Settings
+from megalm.config.values import from_yaml
+
+# Keys that are fields of megalm: JSON path -> dotted path.
+FIELDS = {
+    "train_batch_size": "training.global_batch_size",
+    "train_micro_batch_size_per_gpu": "training.micro_batch_size",
+    "gradient_clipping": "training.clip_grad",
+    "zero_optimization.stage": "parallel.zero_stage",
+    "fp16.loss_scale": "training.loss_scale",
+    "fp16.initial_scale_power": "training.initial_loss_scale",
+    "fp16.loss_scale_window": "training.loss_scale_window",
+    "fp16.hysteresis": "training.hysteresis",
+    "fp16.min_loss_scale": "training.min_loss_scale",
+}
+# Keys that DeepSpeed receives as they are. A block name admits everything inside it that is not a field.
+PASSED_ON = (
+    "gradient_accumulation_steps", "steps_per_print", "wall_clock_breakdown", "memory_breakdown", "dump_state",
+    "disable_allgather", "communication_data_type", "prescale_gradients", "gradient_predivide_factor",
+    "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "zero_optimization", "bf16", "fp16", "pipeline",
+    "aio", "comms_logger", "flops_profiler", "timers", "checkpoint",
+)  # fmt: skip
+REFUSED = {
+    "optimizer": "the optimizer is set by --lr, --adam-beta1, --weight-decay and their like",
+    "scheduler": "the schedule is set by --lr-decay-style, --lr-warmup-samples and their like",
+    "activation_checkpointing": "recomputation is set by --checkpoint-activations or --recompute-granularity",
+    "data_types": "gradients are always accumulated in fp32, except in fp16 runs, where DeepSpeed allows fp16 alone",
+    "tensorboard": "records are set by --tensorboard-dir",
+    "wandb": "records are set by --wandb-project",
+    "csv_monitor": "records are set by --metrics-path",
+    "amp": "the dtype is set by --bf16 or --fp16",
+    "tensor_parallel": "the layout is set by --tensor-model-parallel-size",
+    "curriculum_learning": "seq_length is the same in every step",
+    "data_efficiency": "the order of samples is megalm's",
+}
+
+
+def deepspeed_json(config: Config, *, dp_size: int) -> dict[str, Any]:
+    """What `deepspeed.initialize` receives as its configuration.
+
+    train_batch_size is the final global batch; a ramp-up changes the engine's batch while it runs. bf16 with ZeRO-0
+    is written as stage 1, the one stage whose optimizer keeps fp32 masters and fp32 gradients beside bf16 weights.
+    """
+    training = config.training
+    micro_batch_size = training.micro_batch_size
+    global_batch_size = config.global_batch_size(dp_size=dp_size)
+    stage = effective_zero_stage(config)
+    built: dict[str, Any] = {
+        "train_batch_size": global_batch_size,
+        "train_micro_batch_size_per_gpu": micro_batch_size,
+        "gradient_accumulation_steps": global_batch_size // (micro_batch_size * dp_size),
+        "gradient_clipping": training.clip_grad,
+        "steps_per_print": 1_000_000_000,
+        "wall_clock_breakdown": False,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_optimization": {"stage": stage},
+        # Under sequence parallelism tensor ranks send different activations, which partitioning takes for equal ones.
+        "pipeline": {"pipe_partitioned": False, "grad_partitioned": False},
+    }
+    if stage == 3:
+        built["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = True
+    if training.dtype == "bf16":
+        built["bf16"] = {"enabled": True}
+        built["data_types"] = {"grad_accum_dtype": "fp32"}
+    if training.dtype == "fp16":
+        built["fp16"] = {
+            "enabled": True,
+            "loss_scale": training.loss_scale or 0,
+            "initial_scale_power": int(math.log2(training.initial_loss_scale)),
+            "loss_scale_window": training.loss_scale_window,
+            "hysteresis": training.hysteresis,
+            "min_loss_scale": training.min_loss_scale,
+        }
+    return _merged(built, config.deepspeed)
+
+
+def effective_zero_stage(config: Config) -> int:
+    """The ZeRO stage that the engine runs: the one asked for, but at least 1 in bf16 (see `deepspeed_json`)."""
+    return max(config.parallel.zero_stage, 1) if config.training.dtype == "bf16" else config.parallel.zero_stage
+
+
+def load_deepspeed_file(path: str, settings: Settings) -> None:
+    """Apply a DeepSpeed JSON file after flags and presets; where it contradicts one of them, record both."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            content = json.load(file)
+    except (OSError, ValueError) as error:
+        settings.failures.append(
+            Failure(f"cannot read the DeepSpeed JSON {path}: {error}", "named by --deepspeed_config")
+        )
+        return
+    read_deepspeed(content, path, settings)
+
+
+def read_deepspeed(content: Any, source: str, settings: Settings) -> None:
+    """Sort the keys of a DeepSpeed configuration into fields, keys passed on, and refusals."""
+    if not isinstance(content, Mapping):
+        settings.failures.append(
+            Failure(f"the DeepSpeed configuration must be a mapping, got {content!r}", f"in {source}")
+        )
+        return
+    _read_dtype(content, source, settings)
+    for path, value in _leaves(content):
+        top = path.partition(".")[0]
+        if value == "auto" or path in ("bf16.enabled", "fp16.enabled", "bfloat16.enabled"):
+            continue
+        if path in FIELDS:
+            if not (top == "fp16" and content["fp16"].get("enabled") is False):
+                _agree(FIELDS[path], _field_value(path, value), f"{source}: {path}", settings)
+        elif top in PASSED_ON:
+            _store(settings.deepspeed, path, value)
+        elif top in REFUSED:
+            settings.failures.append(
+                Failure(
+                    f"{top} in a DeepSpeed configuration: {REFUSED[top]}", f"set in {source}", f"remove {top} from it"
+                )
+            )
+        else:
+            near = nearest(top, [*(key.partition(".")[0] for key in FIELDS), *PASSED_ON])
+            remedy = f"nearest: {', '.join(near)}" if near else "remove it"
+            settings.failures.append(
+                Failure(f"{path} is not a DeepSpeed key that megalm knows", f"in {source}", remedy)
+            )
+
+
+def _read_dtype(content: Mapping[str, Any], source: str, settings: Settings) -> None:
+    """The dtype from the `enabled` switches of bf16 and fp16."""
+    enabled = []
+    for block, dtype in (("fp16", "fp16"), ("bf16", "bf16"), ("bfloat16", "bf16")):
+        inner = content.get(block)
+        switch = inner.get("enabled") if isinstance(inner, Mapping) else None
+        if switch is True:
+            enabled.append(dtype)
+            _agree("training.dtype", dtype, f"{source}: {block}.enabled", settings)
+        elif switch is False and settings.value("training.dtype") == dtype:
+            settings.failures.append(
+                Failure(
+                    f"training.dtype = {dtype} contradicts {block}.enabled = false",
+                    f"{origin_of('training.dtype', settings.source('training.dtype'))}; the other in {source}",
+                    "remove one of the two",
+                )
+            )
+    if len(set(enabled)) > 1:
+        settings.failures.append(Failure("fp16 and bf16 are both enabled", f"in {source}", "enable one of them"))
+
+
+def _field_value(path: str, value: Any) -> Any:
+    if path == "fp16.loss_scale":
+        return value or None
+    if path == "fp16.initial_scale_power" and isinstance(value, int):
+        return 2.0**value
+    return value
+
+
+def _agree(path: str, value: Any, source: str, settings: Settings) -> None:
+    """Set a field from the DeepSpeed configuration, unless something else set it differently."""
+    info = option_table()[path]
+    try:
+        value = from_yaml(info, value)
+    except ValueError as error:
+        settings.failures.append(Failure(f"{path} = {value!r}: {error}", f"set in {source}", info.doc))
+        return
+    if path not in settings.values:
+        settings.set(path, value, source)
+    elif settings.values[path] != value:
+        settings.failures.append(
+            Failure(
+                f"{path} = {settings.values[path]} contradicts {value}",
+                f"{origin_of(path, settings.source(path))}; the other in {source}",
+                "remove one of the two, or make them equal",
+            )
+        )
+
+
+def _leaves(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted paths and values of a nested mapping; an empty block is a leaf."""
+    for key, value in content.items():
+        if isinstance(value, Mapping) and value:
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _store(target: dict[str, Any], path: str, value: Any) -> None:
+    *parents, leaf = path.split(".")
+    for parent in parents:
+        target = target.setdefault(parent, {})
+    target[leaf] = value
+
+
+def _merged(built: dict[str, Any], extra: Mapping[str, Any]) -> dict[str, Any]:
+    """`extra` over `built`, block by block."""
+    merged = dict(built)
+    for key, value in extra.items():
+        if isinstance(value, Mapping) and isinstance(merged.get(key), dict):
+            merged[key] = _merged(merged[key], value)
+        else:
+            merged[key] = value
+    return merged

@@ -1,0 +1,168 @@
+"""Flags of the Megatron family that cannot be obeyed: why, and what to do instead."""
+
+from __future__ import annotations
+
+from megalm.config.flags import refused
+
+TELEMETRY = "remove it; progress, metrics.jsonl, TensorBoard and W&B records carry throughput"
+
+SHAPE = "remove it to train the BLOOM or GPT-2 shape"
+
+REFUSALS = (
+    # Durations in tokens.
+    refused(
+        "--train-tokens",
+        "durations are counted in steps or samples, not tokens",
+        "pass --train-samples, tokens / seq_length",
+    ),
+    refused(
+        "--lr-decay-tokens",
+        "the schedule counts steps or samples, not tokens",
+        "pass --lr-decay-samples, tokens / seq_length",
+    ),
+    # The trained objective and the order of data.
+    refused("--bitfit", "every parameter is trained, not the biases alone", "remove it to train the whole model"),
+    refused(
+        "--loss-on-targets-only",
+        "the loss covers every token; there are no input/target pairs",
+        "remove it for language modelling",
+    ),
+    refused(
+        "--norm-target-loss",
+        "the loss is a plain mean over tokens; there are no input/target pairs",
+        "remove it for language modelling",
+    ),
+    refused("--reweight-loss-based-on-position-frequency", "every position weighs the same", "remove it"),
+    refused("--prefix-lm", "attention is causal over the whole sample", "remove it for causal language modelling"),
+    refused(
+        "--skip-train-iteration-range",
+        "steps cannot be left out",
+        "remove it, or leave the data out of the training groups",
+    ),
+    refused("--data-sharding", "the order of samples does not depend on the layout", "remove it"),
+    refused("--no-data-sharding", "the order of samples does not depend on the layout", "remove it"),
+    refused("--curriculum-learning", "seq_length is the same in every step", "remove it"),
+    refused(
+        "--mock-data",
+        "there is no synthetic data set",
+        "tokenize any text with tools/preprocess_data.py and pass --data-path",
+    ),
+    # The shape of the model.
+    refused(
+        "--glu-activation", "the MLP is GELU(x W + b) without a gate", "remove it, and set --ffn-hidden-size as it was"
+    ),
+    refused("--swiglu", "the MLP is GELU(x W + b) without a gate", SHAPE),
+    refused("--squared-relu", "the activation is GELU", SHAPE),
+    refused("--openai-gelu", "the tanh GELU is the default already, with the bias inside", "remove it"),
+    refused("--onnx-safe", "there is no ONNX export", "remove it"),
+    refused("--mup", "widths are not re-parameterised", "remove it and tune --lr and --init-method-std at this width"),
+    refused("--mup-attn-mult", "widths are not re-parameterised", "remove it; attention is scaled by 1 / sqrt(d)"),
+    refused("--mup-input-mult", "widths are not re-parameterised", "remove it; the embedding is not scaled"),
+    refused("--mup-output-mult", "widths are not re-parameterised", "remove it; logits are not scaled"),
+    refused("--apply-residual-connection-post-layernorm", "the residual is taken before each LayerNorm", SHAPE),
+    refused("--group-query-attention", "every head has its own keys and values", SHAPE),
+    refused("--num-query-groups", "every head has its own keys and values", SHAPE),
+    refused("--kv-channels", "d = hidden_size / num_heads", SHAPE),
+    refused(
+        "--use-rotary-position-embeddings",
+        "positions are alibi or learned",
+        "pass --position-embedding-type alibi or absolute",
+    ),
+    refused("--rotary-percent", "positions are alibi or learned", "pass --position-embedding-type alibi or absolute"),
+    refused(
+        "--no-position-embedding", "positions are alibi or learned", "pass --position-embedding-type alibi or absolute"
+    ),
+    refused("--disable-bias-linear", "every linear layer has a bias", SHAPE),
+    refused("--add-qkv-bias", "every linear layer has a bias already", "remove it"),
+    refused("--apply-layernorm-1p", "LayerNorm weights start at one", SHAPE),
+    refused("--num-experts", "there are no mixtures of experts", "remove it to train a dense model"),
+    # Arithmetic.
+    refused(
+        "--apply-query-key-layer-scaling",
+        "scores are not divided by the layer's number",
+        "remove it; the softmax is fp32 anyway",
+    ),
+    refused("--fp16-lm-cross-entropy", "the cross-entropy computes in fp32", "remove it"),
+    refused("--fp32-residual-connection", "the residual stream has the training dtype", "remove it, or train in fp32"),
+    refused("--init-method-xavier-uniform", "initial weights are normal", "remove it and pass --init-method-std"),
+    refused("--use-bnb-optimizer", "there is no 8-bit Adam", "remove it for AdamW; --zero-stage 1 shards its state"),
+    refused("--sgd-momentum", "the optimizer is AdamW", "remove it"),
+    refused(
+        "--cpu-optimizer",
+        "set it in the DeepSpeed JSON",
+        'use {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}',
+    ),
+    refused("--fp8-format", "there is no fp8 arithmetic", "pass --bf16"),
+    refused("--start-weight-decay", "weight decay is constant", "pass --weight-decay alone"),
+    refused("--end-weight-decay", "weight decay is constant", "pass --weight-decay alone"),
+    refused("--weight-decay-incr-style", "weight decay is constant", "pass --weight-decay alone"),
+    refused("--decoupled-lr", "there is one learning rate", "pass --lr alone"),
+    refused("--use-flash-attn", "attention cores are chosen by name", "pass --attention-kernel sdpa"),
+    refused("--use-flash-attn-v2", "attention cores are chosen by name", "pass --attention-kernel sdpa"),
+    # Layout and memory.
+    refused("--model-parallel-size", "the old name is ambiguous", "pass --tensor-model-parallel-size"),
+    refused("--num-layers-per-virtual-pipeline-stage", "a stage holds one run of layers", "remove it"),
+    refused(
+        "--context-parallel-size",
+        "a sample is not split over processes in attention",
+        "remove it; --sequence-parallel saves activations",
+    ),
+    refused("--expert-model-parallel-size", "there are no mixtures of experts", "remove it"),
+    refused("--use-distributed-optimizer", "optimizer state is sharded by ZeRO", "pass --zero-stage 1"),
+    refused("--overlap-grad-reduce", "the engine decides when gradients are reduced", "remove it"),
+    refused("--overlap-param-gather", "the engine decides when parameters are gathered", "remove it"),
+    refused(
+        "--partition-activations",
+        "saved activations are not re-partitioned",
+        "remove it; --sequence-parallel splits what is saved",
+    ),
+    refused(
+        "--distribute-checkpointed-activations",
+        "saved activations are not re-partitioned",
+        "remove it; use --sequence-parallel",
+    ),
+    refused(
+        "--distribute-saved-activations",
+        "saved activations are not re-partitioned",
+        "remove it; use --sequence-parallel",
+    ),
+    refused("--checkpoint-in-cpu", "saved activations stay on the device", "remove it; use --sequence-parallel"),
+    refused("--synchronize-each-layer", "there is nothing to synchronise between layers", "remove it"),
+    refused("--contigious-checkpointing", "saved activations are not copied together", "remove it"),
+    refused("--profile-backward", "there is no such profile", "remove it and use torch's profiler"),
+    refused(
+        "--remote-device",
+        "set it in the DeepSpeed JSON",
+        'use {"zero_optimization": {"offload_param": {"device": "cpu"}}}',
+    ),
+    refused(
+        "--deepspeed_mpi", "ranks come from the launcher's environment, not from MPI", "launch with launch/deepspeed.sh"
+    ),
+    refused(
+        "--deepscale_mpi", "ranks come from the launcher's environment, not from MPI", "launch with launch/deepspeed.sh"
+    ),
+    # Checkpoints.
+    refused(
+        "--universal-checkpoint", "DeepSpeed's universal checkpoints are not read", "load a global_stepN checkpoint"
+    ),
+    refused(
+        "--use-checkpoint-args",
+        "a checkpoint never changes the configuration",
+        "pass --config FOLDER/global_stepN/config.yaml",
+    ),
+    refused("--no-save-optim", "a checkpoint is always whole", "remove it; tools/export_hf.py writes weights alone"),
+    refused("--no-save-rng", "a checkpoint is always whole", "remove it"),
+    refused("--async-save", "a checkpoint is published before training goes on", "remove it"),
+    refused("--adlr-autoresume", "there is no such service", "remove it; a signal saves and stops"),
+    # Beside training.
+    refused("--inference", "this program trains", "generate with tools/generate.py"),
+    refused("--codecarbon-dir", "no emissions are recorded", "remove it, and run codecarbon beside the trainer"),
+    refused("--log-path", "logs go to the terminal", "remove it and append: 2>&1 | tee LOG_FILE"),
+    refused("--timing-log-level", "step time is measured as a whole", TELEMETRY),
+    refused("--log-params-norm", "the norm of the parameters is not computed", TELEMETRY),
+    refused("--log-num-zeros-in-grad", "zeros in gradients are not counted", TELEMETRY),
+    refused("--log-memory-to-tensorboard", "memory is not recorded", TELEMETRY),
+    refused("--log-world-size-to-tensorboard", "the world size does not change within a run", TELEMETRY),
+    refused("--log-optimizer-states-to-tensorboard", "optimizer states are not recorded", TELEMETRY),
+    refused("--tensorboard-log-interval", "every sink follows --log-interval", "pass --log-interval"),
+)

@@ -1,0 +1,65 @@
+"""What a command-line flag of the Megatron family means here: a field, a no-op that is true already, or a refusal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any, Literal
+
+Action = Literal["set", "command", "noop", "refuse"]
+Arity = Literal["0", "?", "1", "+", "*"]
+
+
+@dataclass(frozen=True)
+class Flag:
+    """One flag. `arity` counts the words after it: none, at most one, one, one or more, any number."""
+
+    name: str
+    action: Action
+    arity: Arity
+    target: str = ""
+    constant: Any = None
+    words: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    allowed: tuple[str, ...] = ()
+    note: str = ""
+    remedy: str = ""
+
+
+def takes(name: str, target: str, *, arity: Arity = "1", words: Mapping[str, Any] | None = None) -> Flag:
+    """A flag whose words become the value of a field; `words` translates spellings of the Megatron family."""
+    return Flag(name, "set", arity, target=target, words=words or {})
+
+
+def switch(name: str, target: str, constant: Any, note: str = "") -> Flag:
+    """A flag without words that gives a field one value."""
+    return Flag(name, "set", "0", target=target, constant=constant, note=note)
+
+
+def command(name: str, arity: Arity, note: str) -> Flag:
+    """A flag that steers the parser itself."""
+    return Flag(name, "command", arity, note=note)
+
+
+def noop(name: str, note: str, *, arity: Arity = "0", allowed: Sequence[str] = (), remedy: str = "") -> Flag:
+    """A flag whose effect is there without it. With `allowed`, only for these words; others are refused."""
+    return Flag(name, "noop", arity, allowed=tuple(allowed), note=note, remedy=remedy)
+
+
+def refused(name: str, note: str, remedy: str) -> Flag:
+    """A flag that cannot be obeyed; `remedy` says what to do about it."""
+    return Flag(name, "refuse", "*", note=note, remedy=remedy)
+
+
+@lru_cache(maxsize=1)
+def flag_table() -> Mapping[str, Flag]:
+    """Every flag that the parser knows, by its exact name."""
+    from megalm.config.flag_noops import NOOPS
+    from megalm.config.flag_refusals import REFUSALS
+    from megalm.config.flag_targets import COMMANDS, TARGETS
+
+    table: dict[str, Flag] = {}
+    for flag in (*COMMANDS, *TARGETS, *NOOPS, *REFUSALS):
+        assert flag.name not in table, f"{flag.name} is listed twice"
+        table[flag.name] = flag
+    return table

@@ -1,0 +1,232 @@
+"""The command line: defaults, then presets, then flags, then dotted overrides; every failure in one error."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from megalm.config.failures import Failure, nearest, raise_if_any
+from megalm.config.flags import Flag, flag_table
+from megalm.config.root import Config, option_table
+from megalm.config.settings import Settings
+from megalm.config.values import EXPECTED, from_text
+
+OVERRIDE = re.compile(r"(?P<path>(model|parallel|training|data|output)\.\w+)=(?P<value>.*)", re.DOTALL)
+PATHS_PATH = re.compile(r"--(?P<split>train|valid|test)-weighted-split-paths-path")
+# The steps that `--train-tokens T` asks for can be told only where the sample length is known.
+IN_TOKENS = {"--train-tokens": "--train-samples", "--lr-decay-tokens": "--lr-decay-samples"}
+
+
+class HelpRequested(Exception):  # noqa: N818  (nothing went wrong)
+    """--help was given; `text` is what to print."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self.text = text
+
+
+@dataclass(frozen=True)
+class Given:
+    """One flag as it stood on the command line, with the words that belong to it."""
+
+    flag: Flag
+    words: tuple[str, ...]
+
+
+def parse_command_line(argv: Sequence[str]) -> Config:
+    """The Config of a command line (without the program's name).
+
+    Raises: HelpRequested for --help; ConfigError with every flag, value and combination that cannot be obeyed and that
+    does not need the processes or the tokenizer to tell.
+    """
+    from megalm.config.checks import static_failures
+
+    given, overrides, failures = split_command_line(argv)
+    if any(one.flag.name == "--help" for one in given):
+        from megalm.config.show import help_text
+
+        raise HelpRequested(help_text())
+    settings = Settings(failures=failures)
+    for one in given:
+        if one.flag.name == "--config":
+            _load_presets(one.words, settings)
+    _apply_flags(given, settings)
+    for path, text in overrides:
+        _apply_text(path, [text], f"the argument {path}={text}", settings)
+    for one in given:
+        if one.flag.name in ("--deepspeed_config", "--deepscale_config"):
+            from megalm.config.deepspeed_json import load_deepspeed_file
+
+            load_deepspeed_file(one.words[0], settings)
+    _with_sample_counts(settings)
+    missing = settings.missing()
+    failures = [*settings.failures, *missing]
+    if not missing:
+        config = settings.build(dry_run=any(one.flag.name == "--dry-run" for one in given))
+        failures.extend(static_failures(config))
+        raise_if_any(failures)
+        return config
+    raise_if_any(failures)
+    raise AssertionError("unreachable: a missing field is a failure")
+
+
+def split_command_line(argv: Sequence[str]) -> tuple[list[Given], list[tuple[str, str]], list[Failure]]:
+    """Flags with their words, dotted overrides, and what could not be understood. Names must be exact."""
+    given: list[Given] = []
+    overrides: list[tuple[str, str]] = []
+    failures: list[Failure] = []
+    position = 0
+    while position < len(argv):
+        word = argv[position]
+        position += 1
+        override = OVERRIDE.fullmatch(word)
+        if override:
+            overrides.append((override["path"], override["value"]))
+        elif word.startswith("--") or word == "-h":
+            name, has_value, inline = word.partition("=")
+            flag = flag_table().get("--help" if name == "-h" else name)
+            limit = _most_words(flag)
+            words = [inline] if has_value else []
+            while not has_value and position < len(argv) and len(words) < limit and not _is_flag(argv[position]):
+                words.append(argv[position])
+                position += 1
+            if flag is None:
+                failures.append(_unknown(name))
+            else:
+                _keep(flag, tuple(words), given, failures)
+        else:
+            failures.append(_stray(word))
+    return given, overrides, failures
+
+
+def _most_words(flag: Flag | None) -> float:
+    return float("inf") if flag is None else {"0": 0, "?": 1, "1": 1, "+": float("inf"), "*": float("inf")}[flag.arity]
+
+
+def _is_flag(word: str) -> bool:
+    return word.startswith("--") or word == "-h" or OVERRIDE.fullmatch(word) is not None
+
+
+def _unknown(name: str) -> Failure:
+    near = nearest(name, list(flag_table()))
+    return Failure(
+        f"{name} is not a flag", "on the command line", f"nearest: {', '.join(near)}" if near else "see --help"
+    )
+
+
+def _stray(word: str) -> Failure:
+    path = word.partition("=")[0]
+    near = nearest(path, list(option_table())) if "=" in word else []
+    remedy = (
+        f"nearest: {', '.join(near)}" if near else "an override reads section.field=VALUE, for example training.lr=1e-3"
+    )
+    return Failure(f"{word!r} belongs to no flag", "on the command line", remedy)
+
+
+def _keep(flag: Flag, words: tuple[str, ...], given: list[Given], failures: list[Failure]) -> None:
+    """Accept a flag that has as many words as it takes."""
+    if flag.arity == "0" and words:
+        failures.append(
+            Failure(f"{flag.name} takes no value, got {words[0]!r}", "on the command line", f"pass {flag.name}")
+        )
+    elif flag.arity in ("1", "+") and not words:
+        expected = EXPECTED[option_table()[flag.target].kind] if flag.target else flag.note
+        failures.append(Failure(f"{flag.name} needs a value: {expected}", "on the command line"))
+    else:
+        given.append(Given(flag, words))
+
+
+def _load_presets(paths: Sequence[str], settings: Settings) -> None:
+    from megalm.config.yaml_file import load_file
+
+    for path in paths:
+        load_file(path, settings)
+
+
+def _apply_flags(given: Sequence[Given], settings: Settings) -> None:
+    """Apply flags in their order. One flag given twice counts once, the last; two flags of one field must agree."""
+    setters: dict[str, dict[str, Any]] = {}
+    for one in given:
+        flag = one.flag
+        if flag.action == "refuse":
+            settings.failures.append(Failure(f"{' '.join((flag.name, *one.words))}: {flag.note}", "", flag.remedy))
+        elif flag.action == "noop":
+            if flag.allowed and one.words[0] not in flag.allowed:
+                settings.failures.append(Failure(f"{flag.name} {one.words[0]}: {flag.note}", "", flag.remedy))
+        elif flag.action == "set":
+            if flag.arity == "0":
+                settings.set(flag.target, flag.constant, flag.name)
+            else:
+                words = list(one.words) or ["true"]
+                _apply_text(flag.target, words, flag.name, settings, words_map=flag.words)
+            if settings.source(flag.target) == flag.name:
+                setters.setdefault(flag.target, {})[flag.name] = settings.values[flag.target]
+        else:
+            _apply_paths_file(one, settings, setters)
+    for path, by_flag in setters.items():
+        if any(value != settings.values[path] for value in by_flag.values()):
+            listed = ", ".join(f"{name} ({value})" for name, value in by_flag.items())
+            settings.failures.append(Failure(f"{path} is set differently by {listed}", "", "keep one of these flags"))
+
+
+def _apply_text(
+    path: str, words: Sequence[str], source: str, settings: Settings, *, words_map: Mapping[str, Any] | None = None
+) -> None:
+    """Set a path from text, or record why it cannot be."""
+    info = option_table().get(path)
+    if info is None:
+        settings.fail_unknown(path, source)
+        return
+    translated = words_map or {}
+    try:
+        value = translated[words[0]] if words[0] in translated else from_text(info, words)
+    except ValueError as error:
+        spelled = f" ({source} takes {', '.join(translated)})" if translated else ""
+        settings.failures.append(Failure(f"{path} = {' '.join(words)}: {error}{spelled}", f"set by {source}", info.doc))
+        return
+    settings.set(path, value, source)
+
+
+def _apply_paths_file(one: Given, settings: Settings, setters: dict[str, dict[str, Any]]) -> None:
+    """The groups of a weighted-split file: one line, each group in double quotes."""
+    match = PATHS_PATH.fullmatch(one.flag.name)
+    if match is None:
+        return
+    path = f"data.{match['split']}_weighted_split_paths"
+    try:
+        with open(one.words[0], encoding="utf-8") as file:
+            groups = read_groups(file.read())
+    except OSError as error:
+        settings.failures.append(Failure(f"cannot read {one.words[0]}: {error.strerror}", f"named by {one.flag.name}"))
+        return
+    except ValueError as error:
+        settings.failures.append(
+            Failure(
+                f"{one.words[0]}: {error}", f"named by {one.flag.name}", 'write: "NAME: W START:END PATH" "NAME: ..."'
+            )
+        )
+        return
+    settings.set(path, groups, one.flag.name)
+    setters.setdefault(path, {})[one.flag.name] = groups
+
+
+def read_groups(text: str) -> tuple[str, ...]:
+    """The double-quoted groups of a `*-weighted-split-paths-path` file. Raises: ValueError."""
+    if not re.fullmatch(r'\s*("[^"]+"\s*)+', text):
+        raise ValueError("the file must hold one or more groups, each in double quotes")
+    return tuple(group.strip() for group in re.findall(r'"([^"]+)"', text))
+
+
+def _with_sample_counts(settings: Settings) -> None:
+    """Turn the remedy of a duration in tokens into the number of samples to pass, where seq_length is known."""
+    seq_length = settings.values.get("data.seq_length")
+    for index, failure in enumerate(settings.failures):
+        name, _, rest = failure.rule.partition(" ")
+        tokens = rest.partition(":")[0]
+        if name in IN_TOKENS and seq_length and tokens.replace("_", "").isdigit():
+            remedy = (
+                f"pass {IN_TOKENS[name]} {int(tokens) // seq_length}: {int(tokens)} tokens / seq_length {seq_length}"
+            )
+            settings.failures[index] = replace(failure, remedy=remedy)

@@ -1,0 +1,129 @@
+"""Text for people: `--help`, the report of `--dry-run`, and the choices that a run should log once."""
+
+from __future__ import annotations
+
+import json
+import textwrap
+
+from megalm.config.deepspeed_json import deepspeed_json, effective_zero_stage
+from megalm.config.flags import Flag, flag_table
+from megalm.config.root import SECTIONS, Config, OptionInfo, option_table
+
+WIDTH = 110
+INDENT = 34
+METAVARS = {"int": "N", "float": "X", "bool": "true|false", "str": "TEXT", "strings": "TEXT ...", "ints3": "N N N"}
+USAGE = """\
+pretrain_gpt.py [FLAGS] [SECTION.FIELD=VALUE ...]
+
+Pre-trains a GPT-family language model. Presets (--config) override defaults, flags override presets, and
+SECTION.FIELD=VALUE overrides flags; every field below can be set that way. Flag names are exact, integers may hold
+underscores, and what cannot be obeyed is refused."""
+
+
+def help_text() -> str:
+    """The text of --help: commands, then every field with its flags, then what is accepted or refused besides."""
+    table = flag_table()
+    lines = [USAGE, "", "commands"]
+    lines += [_entry(_usage(flag, ""), flag.note) for flag in table.values() if flag.action == "command"]
+    for section, cls in SECTIONS.items():
+        lines += ["", f"{section}: {(cls.__doc__ or '').splitlines()[0]}"]
+        for path, info in option_table().items():
+            if path.startswith(f"{section}."):
+                flags = [flag for flag in table.values() if flag.target == path]
+                lines.append(_field_entry(info, flags))
+    for action, title in (("noop", "accepted, and true without them"), ("refuse", "refused, with what to do instead")):
+        names = ", ".join(flag.name for flag in table.values() if flag.action == action)
+        lines += ["", f"{title} (docs/flags.md)"]
+        lines.append(textwrap.fill(names, WIDTH, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False))
+    return "\n".join(lines) + "\n"
+
+
+def _field_entry(info: OptionInfo, flags: list[Flag]) -> str:
+    names = ", ".join(_usage(flag, _metavar(info, flag)) for flag in flags) or f"{info.path}={_metavar(info, None)}"
+    if info.required:
+        default = "required"
+    elif info.default is None or info.default == ():
+        default = ""
+    else:
+        default = f"default {info.default}"
+    about = "; ".join(part for part in (info.path, default) if part)
+    return _entry(names, f"{info.doc} [{about}]")
+
+
+def _metavar(info: OptionInfo, flag: Flag | None) -> str:
+    if flag is not None and flag.words:
+        return "|".join(flag.words)
+    return "|".join(map(str, info.choices)) if info.choices else METAVARS[info.kind]
+
+
+def _usage(flag: Flag, metavar: str) -> str:
+    if flag.arity == "0":
+        return flag.name
+    metavar = metavar or ("FILE ..." if flag.arity == "+" else "FILE")
+    return f"{flag.name} [{metavar}]" if flag.arity == "?" else f"{flag.name} {metavar}"
+
+
+def _entry(names: str, doc: str) -> str:
+    indent = " " * INDENT
+    wrapped = textwrap.wrap(doc, WIDTH - INDENT)
+    if len(names) + 4 > INDENT:
+        return "\n".join([f"  {names}", *(indent + line for line in wrapped)])
+    first, *rest = wrapped
+    return "\n".join([f"  {names}".ljust(INDENT) + first, *(indent + line for line in rest)])
+
+
+def notes(config: Config) -> list[str]:
+    """What was resolved rather than asked for; a run logs each line once."""
+    found = []
+    if effective_zero_stage(config) != config.parallel.zero_stage:
+        found.append("parallel.zero_stage = 0 in bf16 runs as stage 1, the one with fp32 masters and fp32 gradients")
+    if config.model.position_embedding == "alibi" and config.model.max_position_embeddings is not None:
+        found.append("model.max_position_embeddings has no effect: ALiBi has no table of positions")
+    if config.training.global_batch_size is None:
+        found.append("training.global_batch_size is micro_batch_size * dp: one micro-batch a step")
+    return found
+
+
+def dry_run_report(config: Config, *, world_size: int) -> str:
+    """The plan of a checked run: layout, batch, length, what was set and by whom, and the DeepSpeed JSON."""
+    parallel, training = config.parallel, config.training
+    dp_size = world_size // (parallel.tp * parallel.pp)
+    global_batch_size = config.global_batch_size(dp_size=dp_size)
+    accumulation = global_batch_size // (training.micro_batch_size * dp_size)
+    length = f"{training.train_samples} samples" if training.by_samples else f"{training.train_iters} steps"
+    facts = {
+        "layout": f"{world_size} processes = tp {parallel.tp} x pp {parallel.pp} x dp {dp_size}, "
+        f"ZeRO-{effective_zero_stage(config)}, recompute {parallel.recompute}",
+        "batch": f"{global_batch_size} samples = {training.micro_batch_size} x {accumulation} micro-batches "
+        f"x dp {dp_size}, {global_batch_size * config.data.seq_length} tokens",
+        "length": length,
+        "steps": str(num_steps(config, dp_size=dp_size)),
+        "dtype": training.dtype,
+    }
+    lines = ["dry run: every check passed", *(f"  {name:<8}{text}" for name, text in facts.items())]
+    lines += ["notes", *(f"  {note}" for note in notes(config))] if notes(config) else []
+    lines.append("set")
+    lines += [f"  {path} = {config.get(path)}  ({source})" for path, source in config.sources.items()]
+    lines += ["DeepSpeed JSON", textwrap.indent(json.dumps(deepspeed_json(config, dp_size=dp_size), indent=2), "  ")]
+    return "\n".join(lines) + "\n"
+
+
+def num_steps(config: Config, *, dp_size: int) -> int:
+    """Optimizer updates of the whole run, the batch ramp-up included."""
+    training = config.training
+    if training.train_samples is None:
+        return training.train_iters or 0
+    final = config.global_batch_size(dp_size=dp_size)
+    if training.rampup_batch_size is None:
+        return -(-training.train_samples // final)
+    start, increment, ramp_samples = training.rampup_batch_size
+    num_increments = (final - start) // increment
+    consumed = steps = 0
+    for size in range(start, final, increment):
+        stage = (size - start) // increment
+        # The batch grows once the samples so far exceed this stage's share of the ramp.
+        end = min(training.train_samples, ramp_samples * (stage + 1) / num_increments)
+        needed = max(0, -(-int(end - consumed) // size))
+        steps += needed
+        consumed += needed * size
+    return steps + max(0, -(-(training.train_samples - consumed) // final))
