@@ -56,5 +56,6 @@ class BloomGelu(nn.Module):
 
 
 def new_gelu(x: Tensor) -> Tensor:
-    """GELU by tanh as GPT-2 names it, differentiated by autograd."""
-    return bloom_gelu_forward(x)
+    """`BloomGelu` as a function, under the name that GPT-2 gave the formula."""
+    result: Tensor = GeLUFunction.apply(x)
+    return result
