@@ -1,0 +1,67 @@
+"""Causal self-attention with heads cut over tensor-parallel ranks.
+
+The letters of every shape in megalm: s sequence, b micro-batch, h hidden, n heads, d head size, f ffn, v padded
+vocabulary, t = tp.size. Activations are [s, b, h]; under sequence parallelism they are [s/t, b, h] between
+tensor-parallel layers.
+"""
+
+from __future__ import annotations
+
+import functools
+
+from torch import Tensor, nn
+
+from megalm.models.blocks.arrangement import BlockShape, Kernels, Spread
+from megalm.models.blocks.positions import AlibiSlopes
+from megalm.parallel.linear import ColumnParallelLinear, RowParallelLinear
+from megalm.parallel.recompute import recompute
+from megalm.parallel.shard import shard_size
+
+
+class ParallelAttention(nn.Module):
+    """query_key_value -> attention core -> dense, without dense's bias.
+
+    query_key_value's features are (heads, 3, head size), so that tensor shards concatenate without a permutation.
+
+    Shapes: x [s, b, h] -> [s, b, h] (both [s/t, b, h] with sequence parallelism); mask [b or 1, 1, s, s] bool,
+        True = masked out.
+    """
+
+    def __init__(self, shape: BlockShape, *, kernels: Kernels, spread: Spread) -> None:
+        super().__init__()
+        self.core = kernels.attention
+        self.spread = spread
+        self.dropout = shape.attention_dropout
+        self.num_local_heads = shard_size(shape.num_heads, spread.tp, what="num_heads")
+        self.head_size = shape.head_size
+        self.query_key_value = ColumnParallelLinear(
+            shape.hidden_size, 3 * shape.hidden_size, tp=spread.tp, sequence_parallel=spread.splits_sequence
+        )
+        self.dense = RowParallelLinear(
+            shape.hidden_size,
+            shape.hidden_size,
+            tp=spread.tp,
+            sequence_parallel=spread.splits_sequence,
+            skip_bias_add=True,
+        )
+        self.alibi = AlibiSlopes(shape.num_heads, tp=spread.tp) if shape.alibi else None
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        mixed = self.query_key_value(x)  # [s, b, h] -> [s, b, 3h/t]
+        mixed = mixed.view(*mixed.shape[:2], self.num_local_heads, 3, self.head_size)  # -> [s, b, n/t, 3, d]
+        q, k, v = (part.permute(1, 2, 0, 3) for part in mixed.unbind(dim=3))  # -> 3 of [b, n/t, s, d]
+        context = self._attend(q, k, v, mask)
+        context = context.permute(2, 0, 1, 3).flatten(2)  # [b, n/t, s, d] -> [s, b, h/t]
+        projected: Tensor = self.dense(context)  # -> [s, b, h]
+        return projected
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        slopes = None if self.alibi is None else self.alibi()
+        attend = functools.partial(self.core, slopes=slopes, mask=mask, dropout=self.dropout, training=self.training)
+        draws = self.training and self.dropout > 0.0
+        # Each rank drops weights of its own heads. In here the tensor-parallel stream is the default one, so that
+        # recomputation has one state to restore.
+        with self.spread.tensor_stream(draws):
+            if self.training and self.spread.recompute == "selective":
+                return recompute(attend, q, k, v, draws=draws)
+            return attend(q, k, v)

@@ -1,0 +1,49 @@
+"""One pre-norm transformer block."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from megalm.kernels.dropout_add import bias_dropout_add
+from megalm.models.blocks.arrangement import BlockShape, Kernels, Spread
+from megalm.models.blocks.attention import ParallelAttention
+from megalm.models.blocks.mlp import ParallelMLP
+from megalm.models.blocks.norm import LayerNorm
+from megalm.parallel.recompute import recompute
+
+
+class ParallelTransformerLayer(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)).
+
+    The class and attribute names are read from outside: stages are cut at class names that match `transformer`, and the
+    attributes are the keys of checkpoint files.
+
+    Shapes: x [s, b, h] -> [s, b, h] (both [s/t, b, h] with sequence parallelism); mask as `ParallelAttention` takes it.
+    """
+
+    def __init__(self, shape: BlockShape, *, kernels: Kernels, spread: Spread) -> None:
+        super().__init__()
+        self.spread = spread
+        self.hidden_dropout = shape.hidden_dropout
+        self.drops = shape.hidden_dropout > 0.0 or shape.attention_dropout > 0.0
+        epsilon = shape.layernorm_epsilon
+        self.input_layernorm = LayerNorm(shape.hidden_size, epsilon=epsilon, kernels=kernels, spread=spread)
+        self.self_attention = ParallelAttention(shape, kernels=kernels, spread=spread)
+        self.post_attention_layernorm = LayerNorm(shape.hidden_size, epsilon=epsilon, kernels=kernels, spread=spread)
+        self.mlp = ParallelMLP(shape, kernels=kernels, spread=spread)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        if self.training and self.spread.recompute == "full":
+            again: Tensor = recompute(self._compute, x, mask, draws=self.drops, streams=self.spread.streams)
+            return again
+        return self._compute(x, mask)
+
+    def _compute(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        attended = self.self_attention(self.input_layernorm(x), mask)
+        x = self._add(attended, self.self_attention.dense.added_bias(), x)
+        widened = self.mlp(self.post_attention_layernorm(x))
+        return self._add(widened, self.mlp.dense_4h_to_h.added_bias(), x)
+
+    def _add(self, branch: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
+        with self.spread.hidden_stream(self.training and self.hidden_dropout > 0.0):
+            return bias_dropout_add(branch, bias, residual, self.hidden_dropout, self.training)

@@ -1,0 +1,38 @@
+"""The feed-forward half of a transformer block."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from megalm.models.blocks.arrangement import BlockShape, Kernels, Spread
+from megalm.parallel.linear import ColumnParallelLinear, RowParallelLinear
+
+
+class ParallelMLP(nn.Module):
+    """dense_h_to_4h -> bias and GELU -> dense_4h_to_h, without the last one's bias.
+
+    Shapes: x [s, b, h] -> [s, b, h] (both [s/t, b, h] with sequence parallelism).
+    """
+
+    def __init__(self, shape: BlockShape, *, kernels: Kernels, spread: Spread) -> None:
+        super().__init__()
+        self.bias_gelu = kernels.bias_gelu
+        self.dense_h_to_4h = ColumnParallelLinear(
+            shape.hidden_size,
+            shape.ffn_size,
+            tp=spread.tp,
+            sequence_parallel=spread.splits_sequence,
+            skip_bias_add=True,
+        )
+        self.dense_4h_to_h = RowParallelLinear(
+            shape.ffn_size,
+            shape.hidden_size,
+            tp=spread.tp,
+            sequence_parallel=spread.splits_sequence,
+            skip_bias_add=True,
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = self.bias_gelu(self.dense_h_to_4h(x), self.dense_h_to_4h.added_bias())  # [s, b, h] -> [s, b, f/t]
+        narrow: Tensor = self.dense_4h_to_h(wide)  # -> [s, b, h]
+        return narrow

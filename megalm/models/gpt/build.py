@@ -1,0 +1,90 @@
+"""From the configuration to a model with initial weights: the one place where `ModelConfig` becomes modules."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from megalm.config.model import ModelConfig
+from megalm.kernels.backend import Choice, choose
+from megalm.kernels.bias_gelu.eager import bias_gelu_erf
+from megalm.models.blocks.arrangement import Kernels, Spread
+from megalm.models.gpt.model import GPT
+from megalm.models.gpt.plan import DocumentRules, GPTPlan
+from megalm.models.gpt.shape import gpt_shape
+from megalm.models.gpt.weights import initial_rule, named_in_model, named_in_pipeline
+from megalm.parallel.initialise import initialise
+from megalm.topology.layout import Layout
+
+if TYPE_CHECKING:
+    from megalm.models.gpt.pipeline import GPTPipeline
+
+
+def choose_kernels(
+    model: ModelConfig,
+    *,
+    device: torch.device,
+    attention: str = "auto",
+    layer_norm: str = "auto",
+    bias_gelu: str = "auto",
+) -> tuple[Kernels, dict[str, Choice]]:
+    """The kernels that the names ask for, and each choice with its reason, for the log.
+
+    Raises: KernelError if one is asked for by name and cannot run.
+    """
+    choices = {
+        "attention": choose("attention", attention, device),
+        "layer_norm": choose("layer_norm", layer_norm, device),
+    }
+    if model.activation == "gelu_erf":
+        choices["bias_gelu"] = Choice("torch", bias_gelu_erf, "the erf GELU has one implementation")
+    else:
+        choices["bias_gelu"] = choose("bias_gelu", bias_gelu, device)
+    return Kernels(**{name: choice.implementation for name, choice in choices.items()}), choices
+
+
+def plan_gpt(
+    model: ModelConfig,
+    *,
+    seq_length: int | None = None,
+    kernels: Kernels | None = None,
+    spread: Spread | None = None,
+    documents: DocumentRules | None = None,
+) -> GPTPlan:
+    """The plan of the model that the configuration describes; by default on one rank, with the CPU's kernels.
+
+    `seq_length` gives a learned position table its rows where model.max_position_embeddings does not.
+    """
+    if kernels is None:
+        kernels, _ = choose_kernels(model, device=torch.device("cpu"))
+    return GPTPlan(gpt_shape(model, seq_length=seq_length), kernels, spread or Spread(), documents)
+
+
+def build_model(plan: GPTPlan, *, seed: int) -> GPT:
+    """A single-stage model with its initial weights, in fp32 on the CPU."""
+    module = GPT(plan)
+    initialise(
+        named_in_model(module, plan.shape),
+        seed=seed,
+        tp=plan.spread.tp,
+        rule=lambda name: initial_rule(plan.shape, name),
+    )
+    return module
+
+
+def build_pipeline(plan: GPTPlan, *, layout: Layout, partition: str, seed: int) -> GPTPipeline:
+    """This rank's stage with its initial weights, in fp32 on DeepSpeed's device. Needs torch.distributed.
+
+    Tied copies start equal because a weight's values depend on its name alone.
+    """
+    from megalm.models.gpt.pipeline import GPTPipeline
+
+    module = GPTPipeline(plan, layout=layout, partition=partition)
+    initialise(
+        named_in_pipeline(module, plan.shape),
+        seed=seed,
+        tp=plan.spread.tp,
+        rule=lambda name: initial_rule(plan.shape, name),
+    )
+    return module

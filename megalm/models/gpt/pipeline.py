@@ -1,0 +1,152 @@
+"""GPT as a list of layers that DeepSpeed deals to pipeline stages.
+
+The position in the list is the number in the name of the layer's checkpoint file, the class name is what
+`type:transformer|embedding` cuts stages by, and the attribute names are the files' keys: all three are BigScience's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import io
+from collections.abc import Callable
+from typing import Any
+
+from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
+from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
+from torch import Tensor
+
+from megalm.models.blocks.block import ParallelTransformerLayer
+from megalm.models.blocks.embedding import GPTEmbedding
+from megalm.models.blocks.head import OutputEmbedding, TiedEmbeddingHead, vocabulary_logits
+from megalm.models.blocks.norm import LayerNorm
+from megalm.models.blocks.positions import document_mask, document_numbers
+from megalm.models.gpt.loss import next_token_loss
+from megalm.models.gpt.plan import GPTPlan
+from megalm.models.gpt.shape import GPTShape
+from megalm.models.gpt.weights import EMBEDDING_LAYER, TIED_KEY, head_layer, weight_table
+from megalm.topology.layout import Layout
+
+# With documents that do not see each other, their numbers [s, b] travel with the activations from stage to stage.
+Numbered = tuple[Tensor, Tensor]
+
+
+class EmbeddingPipe(GPTEmbedding):
+    """The first layer: tokens [s, b] -> [s, b, h]."""
+
+    def __init__(self, plan: GPTPlan) -> None:
+        super().__init__(**plan.embedding_arguments())
+        self.plan = plan
+
+    def forward(self, tokens: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(tokens, self.plan.positions(tokens))
+
+
+class NumberingEmbeddingPipe(EmbeddingPipe):
+    """`EmbeddingPipe` that also hands on the number of each token's document."""
+
+    def __init__(self, plan: GPTPlan, *, eod_id: int) -> None:
+        super().__init__(plan)
+        self.eod_id = eod_id
+
+    def forward(self, tokens: Tensor) -> Numbered:  # type: ignore[override]
+        return super().forward(tokens), document_numbers(tokens, self.eod_id)
+
+
+class ParallelTransformerLayerPipe(ParallelTransformerLayer):
+    """A block between two pipeline layers: [s, b, h] -> [s, b, h]."""
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(x)
+
+
+class NumberedParallelTransformerLayerPipe(ParallelTransformerLayer):
+    """A block whose tokens attend within their document: ([s, b, h], [s, b]) -> the same."""
+
+    def forward(self, numbered: Numbered) -> Numbered:  # type: ignore[override]
+        x, numbers = numbered
+        return super().forward(x, document_mask(numbers)), numbers
+
+
+def sequence_first(tokens: Tensor) -> Tensor:
+    """What every later layer computes on. Shapes: [b, s] -> [s, b]."""
+    return tokens.t().contiguous()
+
+
+def unchanged(x: Any) -> Any:
+    """Keeps a position of the list that other trainers use for a transposition or a cast."""
+    return x
+
+
+def without_numbers(numbered: Numbered) -> Tensor:
+    """The activations alone, after the last block."""
+    return numbered[0]
+
+
+def layer_list(plan: GPTPlan) -> list[Callable[..., Any] | LayerSpec]:
+    """The layers in order, as specifications that a stage builds if it owns them."""
+    spread = plan.spread
+    documents = plan.documents if plan.reset_attention else None
+    block = ParallelTransformerLayerPipe if documents is None else NumberedParallelTransformerLayerPipe
+    embedding = EmbeddingPipe if documents is None else NumberingEmbeddingPipe
+    arguments = {"plan": plan} if documents is None else {"plan": plan, "eod_id": documents.eod_id}
+
+    def tied_logits(module: EmbeddingPipe | TiedEmbeddingHead, x: Tensor) -> Tensor:
+        return vocabulary_logits(x, module.word_embeddings.weight, spread=spread)
+
+    tied = functools.partial(TiedLayerSpec, TIED_KEY, tied_weight_attr="word_embeddings.weight")
+    is_tied = plan.shape.tie_embeddings
+    return [
+        sequence_first,
+        tied(embedding, **arguments) if is_tied else LayerSpec(embedding, **arguments),
+        unchanged,
+        *(LayerSpec(block, **plan.block_arguments()) for _ in range(plan.shape.num_layers)),
+        unchanged if documents is None else without_numbers,
+        LayerSpec(LayerNorm, **plan.final_norm_arguments()),
+        # A function of the tied module, so that DeepSpeed writes no second file with the same weight.
+        tied(TiedEmbeddingHead, forward_fn=tied_logits, **plan.head_arguments())
+        if is_tied
+        else LayerSpec(OutputEmbedding, **plan.head_arguments()),
+        unchanged,
+    ]
+
+
+class GPTPipeline(PipelineModule):
+    """DeepSpeed's PipelineModule that knows its layers' sizes without building them."""
+
+    def __init__(self, plan: GPTPlan, *, layout: Layout, partition: str) -> None:
+        tp = plan.spread.tp
+
+        def loss(logits: Tensor, labels_and_mask: tuple[Tensor, Tensor]) -> Tensor:
+            return next_token_loss(logits, *labels_and_mask, tp=tp)
+
+        self._parameters_of_layer = layer_parameters(plan.shape)
+        # DeepSpeed prints its partition; `stages` gives it to whoever logs.
+        with contextlib.redirect_stdout(io.StringIO()):
+            super().__init__(
+                layers=layer_list(plan),
+                topology=PipeModelDataParallelTopology(num_pp=layout.pp, num_mp=layout.tp, num_dp=layout.dp),
+                loss_fn=loss,
+                partition_method=partition,
+                activation_checkpoint_interval=0,  # Blocks recompute by themselves, with megalm's random streams.
+            )
+        self.plan = plan
+
+    def _count_layer_params(self) -> list[int]:
+        # DeepSpeed's own count builds every layer of the model on every rank.
+        return self._parameters_of_layer
+
+    def stages(self) -> list[range]:
+        """Positions of the layers that each stage owns."""
+        return [range(start, stop) for start, stop in zip(self.parts, self.parts[1:], strict=False)]
+
+
+def layer_parameters(shape: GPTShape) -> list[int]:
+    """Parameters of each layer, by which `partition=parameters` balances stages; a tied head counts as its weight."""
+    counts = [0] * (shape.num_layers + 7)
+    for weight in weight_table(shape):
+        counts[weight.layer] += weight.numel
+    if shape.tie_embeddings:
+        counts[head_layer(shape)] = shape.vocab_rows * shape.hidden_size
+    assert counts[EMBEDDING_LAYER] > 0, counts
+    return counts

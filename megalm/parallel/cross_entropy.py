@@ -1,0 +1,51 @@
+"""Cross-entropy over logits whose vocabulary is cut over tensor-parallel ranks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megalm.parallel.embedding import local_ids
+from megalm.topology.group import Group
+
+
+def vocab_parallel_cross_entropy(logits: Tensor, labels: Tensor, *, tp: Group) -> Tensor:
+    """Negative log-likelihood per token, without gathering the vocabulary.
+
+    Shapes: logits [s, b, v/t], labels [s, b] global ids -> loss [s, b] fp32.
+    Units: nats.
+    Communicates: two all-reduces over tp in forward, of [s, b] and of [2, s, b]; none in backward.
+    Raises: RuntimeError (a device assertion on GPUs) for a label outside the vocabulary.
+    Source: Shoeybi et al. 2019, sec. 3, arXiv:1909.08053.
+    """
+    loss: Tensor = _VocabParallelCrossEntropy.apply(logits, labels, tp)
+    return loss
+
+
+class _VocabParallelCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, labels: Tensor, tp: Group) -> Tensor:
+        peak = logits.amax(dim=-1).float()  # [s, b, v/t] -> [s, b]
+        if tp.size > 1:
+            dist.all_reduce(peak, op=dist.ReduceOp.MAX, group=tp.handle)
+        local, elsewhere = local_ids(labels, logits.size(-1) * tp.size, tp=tp)
+        shifted = logits.float() - peak.unsqueeze(-1)
+        target = shifted.gather(-1, local.unsqueeze(-1)).squeeze(-1).masked_fill(elsewhere, 0.0)
+        sums = torch.stack((shifted.exp_().sum(dim=-1), target))  # [2, s, b]
+        if tp.size > 1:
+            dist.all_reduce(sums, group=tp.handle)
+        log_sum = sums[0].log()
+        # Softmax is recomputed from the logits in backward: nothing of size [s, b, v/t] is kept in fp32 between.
+        ctx.save_for_backward(logits, local, elsewhere, peak + log_sum)
+        return log_sum - sums[1]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        logits, local, elsewhere, log_normaliser = ctx.saved_tensors
+        grad = (logits.float() - log_normaliser.unsqueeze(-1)).exp_()
+        grad.scatter_add_(-1, local.unsqueeze(-1), elsewhere.unsqueeze(-1).to(grad.dtype) - 1.0)
+        grad.mul_(grads[0].unsqueeze(-1))
+        return grad.to(logits.dtype), None, None

@@ -1,0 +1,76 @@
+"""Initial weights that do not depend on the layout.
+
+Each weight is drawn whole from generators seeded by (run seed, the weight's name, block of rows), and a rank keeps its
+part. So any tp, pp, dp starts from the same model, and a rank holds at most one block of rows beside its own part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from megalm.parallel.random import derived_seed
+from megalm.parallel.shard import partition_dim
+from megalm.topology.group import Group
+
+# Elements drawn at a time: 16 MB of fp32. Part of the definition of the weights, as it decides what each seed draws.
+BLOCK_ELEMENTS = 2**22
+
+
+@dataclass(frozen=True)
+class Normal:
+    """Independent values of mean 0."""
+
+    std: float
+
+
+@dataclass(frozen=True)
+class Constant:
+    """One value everywhere."""
+
+    value: float
+
+
+Rule = Normal | Constant
+
+
+def initialise(
+    parameters: Iterable[tuple[str, nn.Parameter]], *, seed: int, tp: Group, rule: Callable[[str], Rule]
+) -> None:
+    """Fill each parameter, given with its layout-independent name, as `rule(name)` says.
+
+    Values are drawn in fp32 on the CPU whatever the parameter's dtype and device.
+    """
+    for name, parameter in parameters:
+        chosen = rule(name)
+        with torch.no_grad():
+            if isinstance(chosen, Constant):
+                parameter.fill_(chosen.value)
+            else:
+                _draw(name, parameter, seed=seed, tp=tp, std=chosen.std)
+
+
+def _draw(name: str, parameter: nn.Parameter, *, seed: int, tp: Group, std: float) -> None:
+    dim = partition_dim(parameter)
+    ours = parameter.detach().view(parameter.size(0), -1)
+    rows, columns = ours.shape
+    first_row = tp.rank * rows if dim == 0 else 0
+    num_columns = columns * tp.size if dim == 1 else columns
+    block_rows = max(1, BLOCK_ELEMENTS // num_columns)
+    total_rows = rows * tp.size if dim == 0 else rows
+    for block in range(first_row // block_rows, (first_row + rows - 1) // block_rows + 1):
+        start = block * block_rows
+        drawn = _block(min(block_rows, total_rows - start), num_columns, derived_seed(seed, name, block), std)
+        low, high = max(start, first_row), min(start + drawn.size(0), first_row + rows)
+        kept = drawn[low - start : high - start]
+        if dim == 1:
+            kept = kept.narrow(1, tp.rank * columns, columns)
+        ours[low - first_row : high - first_row].copy_(kept)
+
+
+def _block(rows: int, columns: int, seed: int, std: float) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.empty(rows, columns, dtype=torch.float32).normal_(0.0, std, generator=generator)

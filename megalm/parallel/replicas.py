@@ -1,0 +1,48 @@
+"""Whether what every rank of a group should hold alike is alike, bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from megalm.parallel.shard import partition_dim
+from megalm.topology.group import Group
+
+# Elements hashed at a time: bounds the memory of the int64 products to 64 MB.
+_CHUNK = 2**22
+_INTEGER = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def replica_difference(parameters: Iterable[tuple[str, nn.Parameter]], group: Group) -> list[str]:
+    """Names of the replicated parameters whose bits differ between ranks of `group`; the same list on every rank.
+
+    Parameters that are cut over tensor-parallel ranks are left out, as those differ by design. Every rank must pass
+    the same names in the same order.
+    Communicates: one all-gather of 8 bytes for each parameter over `group`.
+    """
+    replicated = [(name, parameter) for name, parameter in parameters if partition_dim(parameter) is None]
+    if group.size == 1 or not replicated:
+        return []
+    ours = torch.stack([bit_checksum(parameter.detach()) for _, parameter in replicated])
+    everyone = ours.new_empty((group.size * len(replicated),))
+    dist.all_gather_into_tensor(everyone, ours, group=group.handle)
+    equal = (everyone.view(group.size, -1) == ours).all(dim=0).tolist()
+    return [name for (name, _), same in zip(replicated, equal, strict=True) if not same]
+
+
+def bit_checksum(tensor: Tensor) -> Tensor:
+    """A 64-bit checksum, as an int64 scalar, that any single changed bit changes.
+
+    Bits are summed modulo 2^64 with an odd factor for each position: a change of one element changes its term, as an
+    odd factor is invertible, and exchanged elements change it too, as neighbours have different factors.
+    """
+    bits = tensor.contiguous().view(-1).view(_INTEGER[tensor.element_size()])
+    total = torch.zeros((), dtype=torch.int64, device=tensor.device)
+    for start in range(0, bits.numel(), _CHUNK):
+        part = bits[start : start + _CHUNK].to(torch.int64)
+        factors = torch.arange(start, start + part.numel(), dtype=torch.int64, device=tensor.device)
+        total += (part * (factors * 0x9E3779B1 * 2 + 1)).sum()
+    return total
