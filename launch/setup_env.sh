@@ -60,7 +60,7 @@ started=$SECONDS
 echo "[setup] making $venv with $("$python" --version) and the pins of requirements.lock" >&2
 rm -f "$stamp"
 "$venv/bin/python" -c 'import pip' 2>/dev/null || make_venv
-PIP_DISABLE_PIP_VERSION_CHECK=1 "$venv/bin/python" -m pip install --quiet -r "$root/requirements.lock" >&2
-PIP_DISABLE_PIP_VERSION_CHECK=1 "$venv/bin/python" -m pip install --quiet --no-deps --no-build-isolation -e "$root" >&2
+PIP_DISABLE_PIP_VERSION_CHECK=1 "$venv/bin/python" -m pip install -qq -r "$root/requirements.lock" >&2
+PIP_DISABLE_PIP_VERSION_CHECK=1 "$venv/bin/python" -m pip install -qq --no-deps --no-build-isolation -e "$root" >&2
 echo "$wanted $root" >"$stamp"
 echo "[setup] done in $((SECONDS - started)) s" >&2
