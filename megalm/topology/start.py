@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 
-from megalm.errors import TopologyError
+from megalm.errors import MegalmError, TopologyError
 from megalm.topology.layout import Layout
 from megalm.topology.topology import Topology
 
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+SECONDS_TO_SPEAK = 3.0
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,13 @@ class Launch:
         return cls(rank=rank, world_size=world_size, local_rank=local_rank)
 
 
+def device_type() -> str:
+    """"cuda" where torch sees a GPU and DS_ACCELERATOR does not say cpu, otherwise "cpu"."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR", "cuda") == "cuda" else "cpu"
+
+
 def start(launch: Launch, *, tp: int, pp: int, backend: str = "auto", timeout_minutes: float = 30.0) -> Topology:
     """Join the other processes and lay the axes over them.
 
@@ -54,7 +64,7 @@ def start(launch: Launch, *, tp: int, pp: int, backend: str = "auto", timeout_mi
     layout = Layout.of_world(launch.world_size, tp=tp, pp=pp)
     import torch
 
-    on_gpu = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR", "cuda") == "cuda"
+    on_gpu = device_type() == "cuda"
     if backend == "auto":
         backend = "nccl" if on_gpu else "gloo"
     if backend == "nccl" and not on_gpu:
@@ -70,6 +80,19 @@ def start(launch: Launch, *, tp: int, pp: int, backend: str = "auto", timeout_mi
     if on_gpu:
         torch.cuda.set_device(device)
     return Topology.build(layout, rank=launch.rank, local_rank=launch.local_rank, device=device)
+
+
+def report_failure(error: MegalmError) -> int:
+    """Print an error once on every host and return the exit code that it stands for.
+
+    The launchers end all processes of a host when the first one exits, so the others wait until the one that speaks
+    has spoken.
+    """
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"\n{type(error).__name__}: {error}\n", file=sys.stderr, flush=True)
+    else:
+        time.sleep(SECONDS_TO_SPEAK)
+    return error.exit_code
 
 
 def stop() -> None:

@@ -17,7 +17,7 @@ from megalm.train.evaluation import Evaluator
 from megalm.train.saver import Saver
 from megalm.train.schedule import BatchSize, LearningRate
 from megalm.train.state import TrainState
-from megalm.train.stop import StopReason, StopRequest
+from megalm.train.stop import EXIT_ASKED_TO_STOP, EXIT_FINISHED, StopReason, StopRequest
 
 SPEED_WINDOW_STEPS = 20
 """Steps over which speed and time left are averaged."""
@@ -61,10 +61,10 @@ class Run:
         return training.train_iters or 0
 
 
-def train(run: Run) -> StopReason:
+def train(run: Run) -> int:
     """Train until the run is complete or somebody asks it to stop; what was trained is saved in either case.
 
-    Raises: CheckpointError if a checkpoint cannot be written.
+    Returns the exit code of the program. Raises: CheckpointError if a checkpoint cannot be written.
     """
     reason = StopReason.NONE
     run.stop.listen()
@@ -78,7 +78,17 @@ def train(run: Run) -> StopReason:
             run.saver.save(run.state)
         reason = run.stop.agree(run.state.step, run.topology)
     run.saver.save_if_newer(run.state)
-    return reason
+    run.console.info(f"stopped after step {run.state.step}: {reason.sentence}")
+    if run.is_complete:
+        evaluate(run, run.test)
+    return EXIT_FINISHED if run.is_complete else EXIT_ASKED_TO_STOP
+
+
+def evaluate_once(run: Run) -> int:
+    """Evaluate what was loaded on the validation and test sets, without training. Returns the exit code."""
+    evaluate(run, run.validation)
+    evaluate(run, run.test)
+    return EXIT_FINISHED
 
 
 def step(run: Run) -> StepMetrics:

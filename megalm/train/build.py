@@ -1,0 +1,235 @@
+"""The one place that wires a run: configuration in, `Run` out."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from megalm.config.checks import check
+from megalm.config.deepspeed_json import deepspeed_json, effective_zero_stage
+from megalm.config.root import Config
+from megalm.data.batches import Batch
+from megalm.data.build import Datasets, build_datasets
+from megalm.data.loader import batch_iterator
+from megalm.data.source import SampleSource
+from megalm.errors import DataError
+from megalm.models.blocks.arrangement import Spread
+from megalm.models.flops import flops_per_token
+from megalm.models.gpt.build import build_model, build_pipeline, choose_kernels, plan_gpt
+from megalm.models.gpt.plan import DocumentRules
+from megalm.parallel.random import RngStreams
+from megalm.telemetry.console import Console
+from megalm.tokenizers.build import build_tokenizer
+from megalm.tokenizers.protocol import Tokenizer
+from megalm.topology.agree import together
+from megalm.topology.start import Launch, device_type, start, stop
+from megalm.topology.topology import Topology
+from megalm.train.engine import Engine, build_engine
+from megalm.train.evaluation import Evaluator
+from megalm.train.loop import Run
+from megalm.train.optimizer import build_optimizer
+from megalm.train.saver import Saver
+from megalm.train.schedule import BatchSize, LearningRate
+from megalm.train.sinks import open_sinks
+from megalm.train.stop import StopRequest
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A configuration that was checked against the launch and the tokenizer, before any process met another one."""
+
+    config: Config
+    launch: Launch
+    tokenizer: Tokenizer
+
+    @property
+    def dp_size(self) -> int:
+        """Data-parallel replicas."""
+        return self.launch.world_size // (self.config.parallel.tp * self.config.parallel.pp)
+
+
+def prepare(config: Config) -> Plan:
+    """Everything that one process can find out alone.
+
+    Raises: DataError if the tokenizer cannot be read; ConfigError with every option that does not fit.
+    """
+    launch = Launch.from_environment()
+    tokenizer = build_tokenizer(config.data, vocab_size=config.model.vocab_size)
+    if config.model.vocab_size is None:
+        config = config.with_vocab_size(tokenizer.vocab_size)
+    check(config, world_size=launch.world_size, device_type=device_type(), vocab_size=tokenizer.vocab_size)
+    return Plan(config, launch, tokenizer)
+
+
+@contextlib.contextmanager
+def running(plan: Plan) -> Iterator[Run]:
+    """Join the other processes, build the run, and take both down again however it ends."""
+    parallel = plan.config.parallel
+    topology = start(plan.launch, tp=parallel.tp, pp=parallel.pp, backend=parallel.backend)
+    try:
+        run = build(plan, topology)
+        try:
+            yield run
+        finally:
+            for sink in run.sinks:
+                sink.close()
+    finally:
+        stop()
+
+
+def build(plan: Plan, topology: Topology) -> Run:
+    """The run, at step 0 or where its checkpoint left it.
+
+    Raises: MegalmError, the same on every rank.
+    """
+    config = plan.config
+    console = Console(topology.world.is_first, config.output.log_level)
+    batch_size = BatchSize.from_config(config.training, dp_size=topology.dp.size)
+    datasets = together(topology, partial(_open_datasets, plan, batch_size))
+    for line in datasets.report:
+        console.info(line)
+    streams = RngStreams(
+        config.training.seed, tp=topology.tp, pp=topology.pp, dp=topology.dp, device=topology.device
+    )
+    module = _build_module(plan, topology, streams, console)
+    engine = _build_engine(config, module, topology)
+    saver = Saver(config, topology, engine, streams, console)
+    state = saver.restore()
+    feed = partial(_feed, plan, topology)
+    return Run(
+        config=config,
+        topology=topology,
+        engine=engine,
+        state=state,
+        batch_size=batch_size,
+        learning_rate=LearningRate.from_config(config.training),
+        batches=feed(datasets.train, consumed_samples=state.consumed_samples),
+        validation=_evaluator(plan, topology, datasets.valid),
+        test=_evaluator(plan, topology, datasets.test),
+        saver=saver,
+        stop=StopRequest(
+            exit_interval=config.training.exit_interval,
+            duration_minutes=config.training.exit_duration_minutes,
+            kill_switch_path=config.training.kill_switch_path,
+        ),
+        console=console,
+        sinks=together(topology, partial(open_sinks, config, topology, console, resumed_step=state.step)),
+        flops_per_token=flops_per_token(config.model, seq_length=config.data.seq_length),
+    )
+
+
+def _build_module(plan: Plan, topology: Topology, streams: RngStreams, console: Console) -> nn.Module:
+    """The whole model on one stage for ZeRO-2 and 3, otherwise this rank's pipeline stage."""
+    config = plan.config
+    kernels, choices = choose_kernels(
+        config.model,
+        device=topology.device,
+        attention=config.output.attention,
+        layer_norm=config.output.layer_norm,
+        bias_gelu=config.output.bias_gelu,
+    )
+    for operation, choice in choices.items():
+        console.info(f"{operation}: {choice.name} ({choice.reason})")
+    model_plan = plan_gpt(
+        config.model,
+        seq_length=config.data.seq_length,
+        kernels=kernels,
+        spread=Spread(
+            tp=topology.tp,
+            sequence_parallel=config.parallel.sequence_parallel,
+            recompute=config.parallel.recompute,
+            streams=streams,
+        ),
+        documents=_document_rules(plan),
+    )
+    if config.parallel.zero_stage >= 2:
+        return build_model(model_plan, seed=config.training.seed)
+    pipeline = build_pipeline(
+        model_plan,
+        layout=topology.layout,
+        partition=config.parallel.pipeline_partition,
+        seed=config.training.seed,
+    )
+    for stage, layers in enumerate(pipeline.stages()):
+        console.info(f"stage {stage}: layers {layers.start} to {layers.stop - 1}")
+    return pipeline
+
+
+def _build_engine(config: Config, module: nn.Module, topology: Topology) -> Engine:
+    """DeepSpeed clips where it keeps fp32 masters or shards; in plain fp32 the optimizer does (see `optimizer.AdamW`)."""
+    engine_clips = effective_zero_stage(config) > 0 or config.training.dtype != "fp32"
+    optimizer = build_optimizer(module, config.training, topology=topology, engine_clips=engine_clips)
+    settings = deepspeed_json(config, dp_size=topology.dp.size)
+    if not engine_clips:
+        settings["gradient_clipping"] = 0.0
+    return build_engine(module, optimizer, settings, topology)
+
+
+def _open_datasets(plan: Plan, batch_size: BatchSize) -> Datasets:
+    """Corpora and sample maps of every split; does not communicate."""
+    training = plan.config.training
+    total = training.train_samples or batch_size.samples_for(training.train_iters or 0)
+    evaluated = training.eval_iters * batch_size.final if training.eval_interval or training.eval_only else 0
+    datasets = build_datasets(
+        plan.config.data,
+        num_samples={"train": total + batch_size.final, "valid": evaluated, "test": evaluated},
+        seed=training.seed,
+        vocab_size=plan.config.model.padded_vocab_size,
+    )
+    if datasets.train is None and not training.eval_only:
+        raise DataError(
+            f"data.split = {plan.config.data.split!r} leaves no sequence to train on\n"
+            "  give training a larger share with --split, or a larger corpus"
+        )
+    return datasets
+
+
+def _evaluator(plan: Plan, topology: Topology, sources: Mapping[str, SampleSource]) -> Evaluator:
+    training = plan.config.training
+    final = plan.config.global_batch_size(dp_size=topology.dp.size)
+    return Evaluator(
+        sources={
+            name: partial(_feed, plan, topology, source, consumed_samples=0, evaluating=True)
+            for name, source in sources.items()
+        },
+        num_micro_batches=training.eval_iters * final // (training.micro_batch_size * topology.dp.size),
+    )
+
+
+def _feed(
+    plan: Plan, topology: Topology, source: SampleSource | None, *, consumed_samples: int, evaluating: bool = False
+) -> Iterator[Batch]:
+    """This rank's micro-batches; stages in the middle of the pipeline read nothing."""
+    if source is None or not topology.reads_data:
+        return iter(())
+    data, training = plan.config.data, plan.config.training
+    workers = data.num_workers
+    if evaluating and data.valid_num_workers is not None:
+        workers = data.valid_num_workers
+    return batch_iterator(
+        source,
+        consumed_samples=consumed_samples,
+        micro_batch_size=training.micro_batch_size,
+        dp_rank=topology.dp.rank,
+        dp_size=topology.dp.size,
+        num_workers=workers,
+        eod_id=plan.tokenizer.eod_id if data.eod_mask_loss else None,
+        eod_mask_loss=data.eod_mask_loss,
+    )
+
+
+def _document_rules(plan: Plan) -> DocumentRules | None:
+    data = plan.config.data
+    if not (data.reset_position_ids or data.reset_attention_mask):
+        return None
+    return DocumentRules(
+        eod_id=plan.tokenizer.eod_id,
+        reset_positions=data.reset_position_ids,
+        reset_attention=data.reset_attention_mask,
+    )
