@@ -25,6 +25,10 @@ from torch import Tensor
 from megalm.parallel.shard import shard_size
 from megalm.topology.group import Group
 
+# torch 2.13 renames both and warns about the old names, the only ones before it.
+all_gather_into = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+reduce_scatter_into = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 
 def copy_to(x: Tensor, group: Group) -> Tensor:
     """Enter a tensor-parallel region: the same tensor on every rank, its gradients summed."""
@@ -70,13 +74,13 @@ def _all_reduce(x: Tensor, group: Group) -> Tensor:
 
 def _all_gather_first(x: Tensor, group: Group) -> Tensor:
     whole = x.new_empty((x.size(0) * group.size, *x.shape[1:]))
-    dist.all_gather_into_tensor(whole, x.contiguous(), group=group.handle)
+    all_gather_into(whole, x.contiguous(), group=group.handle)
     return whole
 
 
 def _reduce_scatter_first(x: Tensor, group: Group) -> Tensor:
     part = x.new_empty((shard_size(x.size(0), group, what="sequence length"), *x.shape[1:]))
-    dist.reduce_scatter_tensor(part, x.contiguous(), group=group.handle)
+    reduce_scatter_into(part, x.contiguous(), group=group.handle)
     return part
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
+from megalm.parallel.collectives import all_gather_into
 from megalm.parallel.shard import partition_dim
 from megalm.topology.group import Group
 
@@ -28,7 +28,7 @@ def replica_difference(parameters: Iterable[tuple[str, nn.Parameter]], group: Gr
         return []
     ours = torch.stack([bit_checksum(parameter.detach()) for _, parameter in replicated])
     everyone = ours.new_empty((group.size * len(replicated),))
-    dist.all_gather_into_tensor(everyone, ours, group=group.handle)
+    all_gather_into(everyone, ours, group=group.handle)
     equal = (everyone.view(group.size, -1) == ours).all(dim=0).tolist()
     return [name for (name, _), same in zip(replicated, equal, strict=True) if not same]
 

@@ -12,6 +12,7 @@ import io
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from torch import Tensor
@@ -135,6 +136,11 @@ class GPTPipeline(PipelineModule):
     def _count_layer_params(self) -> list[int]:
         # DeepSpeed's own count builds every layer of the model on every rank.
         return self._parameters_of_layer
+
+    @torch.no_grad()
+    def _synchronize_tied_weights(self) -> None:
+        # DeepSpeed 0.19 broadcasts with gradients on, which leaves a warning on every later backward.
+        super()._synchronize_tied_weights()
 
     def stages(self) -> list[range]:
         """Positions of the layers that each stage owns."""
