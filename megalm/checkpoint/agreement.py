@@ -1,0 +1,39 @@
+"""One outcome on every rank: what one of them cannot do, none of them does."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.distributed
+
+from megalm.errors import CheckpointError
+from megalm.topology.group import Group
+
+
+def exchange(value: Any, world: Group) -> list[Any]:
+    """Every rank's value, in rank order.
+
+    Communicates: one all-gather of small objects over `world`.
+    """
+    if world.size == 1:
+        return [value]
+    values: list[Any] = [None] * world.size
+    torch.distributed.all_gather_object(values, value, group=world.handle)
+    return values
+
+
+def agree(failure: Exception | None, world: Group, *, doing: str) -> None:
+    """Return on every rank if none has failed.
+
+    Communicates: one all-gather of small objects over `world`.
+    Raises: CheckpointError, the same on every rank, naming the ranks that failed and why.
+    """
+    report = None if failure is None else f"{type(failure).__name__}: {failure}"
+    reports = exchange(report, world)
+    failed = [(rank, text) for rank, text in enumerate(reports) if text is not None]
+    if not failed:
+        return
+    lines = [f"  rank {world.ranks[rank]}: {text}" for rank, text in failed[:4]]
+    if len(failed) > 4:
+        lines.append(f"  and {len(failed) - 4} more ranks")
+    raise CheckpointError("\n".join([f"{doing} failed on {len(failed)} of {world.size} ranks", *lines])) from failure

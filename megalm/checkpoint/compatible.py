@@ -1,0 +1,87 @@
+"""Whether a checkpoint's weights mean the same in this run."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from megalm.checkpoint import layout
+from megalm.checkpoint.manifest import Manifest
+from megalm.config.model import ModelConfig
+from megalm.config.root import Config
+from megalm.errors import CheckpointError
+
+# These change how weights are drawn, dropped or counted, not what they compute.
+_NOT_THE_MODEL = {
+    "hidden_dropout",
+    "attention_dropout",
+    "init_std",
+    "vocab_size",
+    "make_vocab_size_divisible_by",
+}
+
+
+def model_fields(config: Config) -> dict[str, Any]:
+    """What the manifest says about the model: every field, with sizes that are derived when not given resolved."""
+    model = config.model
+    learned = model.position_embedding == "learned"
+    return {
+        **asdict(model),
+        "ffn_hidden_size": model.ffn_size,
+        "max_position_embeddings": (model.max_position_embeddings or config.data.seq_length) if learned else None,
+        "pad_vocab_size_to": model.padded_vocab_size,
+    }
+
+
+def stored_model(manifest: Manifest, *, path: Path) -> ModelConfig:
+    """The model that a checkpoint holds.
+
+    Raises: CheckpointError if the manifest describes none that this version of megalm can build.
+    """
+    try:
+        model = ModelConfig(**manifest.model)
+        check_sizes(model)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{path / layout.MANIFEST} describes no model that megalm can build: {error}") from error
+    return model
+
+
+def check_sizes(model: ModelConfig) -> None:
+    """Refuse sizes that no model has, before anything is allocated for them.
+
+    Raises: ValueError.
+    """
+    limits = {
+        "num_layers": 10_000,
+        "hidden_size": 2**20,
+        "num_heads": 2**16,
+        "ffn_size": 2**23,
+        "padded_vocab_size": 2**26,
+    }
+    for name, limit in limits.items():
+        value = getattr(model, name)
+        if type(value) is not int or not 1 <= value <= limit:
+            raise ValueError(f"{name} = {value!r} must be a whole number from 1 to {limit}")
+    if model.hidden_size % model.num_heads != 0:
+        raise ValueError(f"num_heads = {model.num_heads} must divide hidden_size = {model.hidden_size}")
+    rows = model.max_position_embeddings
+    if rows is not None and (type(rows) is not int or not 1 <= rows <= 2**26):
+        raise ValueError(f"max_position_embeddings = {rows!r} must be a whole number from 1 to {2**26}")
+
+
+def check_same_model(manifest: Manifest, config: Config, *, path: Path) -> None:
+    """Refuse to load weights into a model that gives them another meaning.
+
+    Raises: CheckpointError that lists every field of the model that differs.
+    """
+    current = model_fields(config)
+    differences = [
+        f"  model.{name}: {manifest.model.get(name)!r} in the checkpoint, {value!r} in this run"
+        for name, value in current.items()
+        if name not in _NOT_THE_MODEL and manifest.model.get(name) != value
+    ]
+    if differences:
+        raise CheckpointError(
+            "\n".join([f"{path} was made for another model", *differences, "  give this run the checkpoint's model"])
+        )

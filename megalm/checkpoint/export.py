@@ -1,0 +1,226 @@
+"""A checkpoint as a Hugging Face folder: streamed, hashed, proved, then published."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megalm.checkpoint import layout
+from megalm.checkpoint.compatible import stored_model
+from megalm.checkpoint.durable import FileRecord, make_folder, remove_folder, rename, sync_folder, write_text
+from megalm.checkpoint.huggingface import Renamed, family_of, model_config, renamed
+from megalm.checkpoint.manifest import hash_file, read_manifest
+from megalm.checkpoint.merge import LayerFiles
+from megalm.checkpoint.safetensors_file import Entry, write_safetensors
+from megalm.errors import CheckpointError
+from megalm.models.gpt.shape import GPTShape, gpt_shape
+from megalm.models.gpt.weights import Weight, weight_table
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_DTYPE_WORDS = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+Progress = Callable[[str, int, int], None]
+"""Called with a weight's name, the bytes written so far, and the bytes in all."""
+
+
+@dataclass
+class Export:
+    """A Hugging Face folder that is being made, or was."""
+
+    folder: Path
+    family: str
+    shape: GPTShape
+    step: int
+    num_bytes: int = 0
+    files: list[FileRecord] = field(default_factory=list)
+    drift: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Planned:
+    weight: Weight
+    renamed: Renamed
+    entry: Entry
+
+
+def export_checkpoint(
+    checkpoint: Path,
+    destination: Path,
+    *,
+    dtype: str | None = None,
+    max_shard_bytes: int = 5 * 10**9,
+    save_tokenizer: Callable[[Path], int | None] | None = None,
+    seq_length: int | None = None,
+    prove: Callable[[Export], None] | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Export:
+    """Write a checkpoint's weights as a folder that transformers loads. Holds one layer in memory.
+
+    `dtype` is fp32, bf16 or fp16; the checkpoint's own when not given. `save_tokenizer` writes the tokenizer's files
+    into the folder and returns its end-of-document id. `prove` is called with the finished folder before it takes its
+    name; if it raises, nothing is published. With `overwrite` a folder that is there gives way to the new one.
+
+    Raises: CheckpointError if the model cannot be expressed, the destination is there, or the checkpoint is damaged.
+    """
+    _check_destination(destination, overwrite=overwrite)
+    manifest = read_manifest(checkpoint)
+    shape = gpt_shape(stored_model(manifest, path=checkpoint))
+    family = family_of(shape)
+    layers = LayerFiles(checkpoint, shape)
+    chosen = DTYPES[dtype] if dtype is not None else _stored_dtype(layers)
+    planned = _plan(shape, family=family, dtype=chosen)
+
+    temporary = destination.with_name(destination.name + ".tmp")
+    remove_folder(temporary)
+    make_folder(temporary)
+    export = Export(folder=temporary, family=family, shape=shape, step=manifest.step)
+    try:
+        eod_id = save_tokenizer(temporary) if save_tokenizer is not None else None
+        config = model_config(shape, family=family, dtype=_DTYPE_WORDS[chosen], eod_id=eod_id, seq_length=seq_length)
+        _write_weights(export, layers, planned, max_shard_bytes=max_shard_bytes, progress=progress)
+        _write_texts(export, config, eod_id=eod_id)
+        export.drift = layers.drift
+        if prove is not None:
+            prove(export)
+        _publish(temporary, destination)
+    except BaseException:
+        remove_folder(temporary)
+        raise
+    export.folder = destination
+    return export
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a size such as 5GB, 500MB or 2GiB.
+
+    Raises: ValueError.
+    """
+    cleaned = text.strip().upper()
+    for unit, factor in _UNITS.items():
+        if cleaned.endswith(unit):
+            return int(float(cleaned.removesuffix(unit)) * factor)
+    return int(cleaned)
+
+
+def _check_destination(destination: Path, *, overwrite: bool) -> None:
+    if destination.exists() and not overwrite:
+        raise CheckpointError(
+            f"{destination} exists, and nothing is overwritten\n  give another folder, or --overwrite"
+        )
+    if not destination.parent.is_dir():
+        raise CheckpointError(f"{destination.parent}, which would hold the export, is not a folder")
+
+
+def _stored_dtype(layers: LayerFiles) -> torch.dtype:
+    first = next(iter(layers.iterate()))[1].dtype
+    if first not in _DTYPE_WORDS:
+        raise CheckpointError(f"{layers.folder} holds weights of {first}\n  choose one with --dtype")
+    return first
+
+
+def _plan(shape: GPTShape, *, family: str, dtype: torch.dtype) -> list[_Planned]:
+    planned = []
+    for weight in weight_table(shape):
+        form = renamed(weight, shape, family=family)
+        planned.append(_Planned(weight, form, Entry(form.name, form.shape, dtype)))
+    return planned
+
+
+def _write_weights(
+    export: Export, layers: LayerFiles, planned: list[_Planned], *, max_shard_bytes: int, progress: Progress | None
+) -> None:
+    shards = _shards(planned, max_shard_bytes)
+    total = sum(plan.entry.num_bytes for plan in planned)
+    source = layers.iterate()
+    weight_map = {}
+    for number, shard in enumerate(shards, start=1):
+        single = len(shards) == 1
+        name = "model.safetensors" if single else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        tensors = _converted(shard, source, export, total=total, progress=progress)
+        export.files.append(write_safetensors(export.folder / name, [plan.entry for plan in shard], tensors))
+        weight_map.update({plan.entry.name: name for plan in shard})
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        text = json.dumps(index, indent=2) + "\n"
+        export.files.append(write_text(export.folder / "model.safetensors.index.json", text))
+
+
+def _converted(
+    shard: list[_Planned],
+    source: Iterator[tuple[Weight, Tensor]],
+    export: Export,
+    *,
+    total: int,
+    progress: Progress | None,
+) -> Iterator[Tensor]:
+    for plan in shard:
+        weight, tensor = next(source)
+        assert weight == plan.weight, (weight, plan.weight)
+        yield plan.renamed.to_hf(tensor).to(plan.entry.dtype)
+        export.num_bytes += plan.entry.num_bytes
+        if progress is not None:
+            progress(plan.entry.name, export.num_bytes, total)
+
+
+def _shards(planned: list[_Planned], max_shard_bytes: int) -> list[list[_Planned]]:
+    """Consecutive weights of at most `max_shard_bytes` each; a larger weight has a file of its own."""
+    shards: list[list[_Planned]] = [[]]
+    filled = 0
+    for plan in planned:
+        if shards[-1] and filled + plan.entry.num_bytes > max_shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(plan)
+        filled += plan.entry.num_bytes
+    return shards
+
+
+def _write_texts(export: Export, config: dict[str, Any], *, eod_id: int | None) -> None:
+    ids = {"bos_token_id": eod_id, "eos_token_id": eod_id, "pad_token_id": eod_id}
+    generation = {"_from_model_config": True, **{key: value for key, value in ids.items() if value is not None}}
+    texts = {
+        "config.json": _json({key: value for key, value in config.items() if value is not None}),
+        "generation_config.json": _json(generation),
+        "README.md": _card(export),
+    }
+    for name, text in texts.items():
+        export.files.append(write_text(export.folder / name, text))
+    written = {file.name for file in export.files}
+    for path in sorted(export.folder.iterdir()):
+        if path.name not in written:  # the tokenizer's
+            export.files.append(FileRecord(path.name, path.stat().st_size, hash_file(path)))
+    manifest = {
+        "step": export.step,
+        "files": [{"name": f.name, "bytes": f.bytes, "sha256": f.sha256} for f in export.files],
+    }
+    write_text(export.folder / layout.MANIFEST, _json(manifest))
+
+
+def _card(export: Export) -> str:
+    shape = export.shape
+    return (
+        "---\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n\n"
+        f"# A {export.family} model trained with megalm\n\n"
+        f"{shape.num_layers} layers, hidden size {shape.hidden_size}, {shape.block.num_heads} heads, "
+        f"{sum(weight.numel for weight in weight_table(shape)):,} parameters, after {export.step} steps.\n\n"
+        "Fill in: training data, intended use, limits, licence.\n"
+    )
+
+
+def _json(content: dict[str, Any]) -> str:
+    return json.dumps(content, indent=2) + "\n"
+
+
+def _publish(temporary: Path, destination: Path) -> None:
+    sync_folder(temporary)
+    remove_folder(destination)
+    rename(temporary, destination)
+    sync_folder(destination.parent)

@@ -1,0 +1,82 @@
+"""Tensor files of a checkpoint: written through a hash to the disk, read without running what is in them."""
+
+from __future__ import annotations
+
+import pickle
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megalm.checkpoint.durable import FileRecord, HashingFile, write_file
+from megalm.errors import CheckpointError
+
+Allowed = Callable[..., Any] | tuple[Callable[..., Any], str]
+
+
+@dataclass
+class FragmentAddress:
+    """Where a parameter's share begins in its rank's flat optimizer partition, in elements: DeepSpeed's own record."""
+
+    numel: int
+    start: int
+
+
+class InertState:
+    """Stands for an object of DeepSpeed (a loss scaler) where DeepSpeed is not imported: holds its attributes alone."""
+
+
+INERT_STAND_INS: tuple[Allowed, ...] = (
+    (FragmentAddress, "deepspeed.utils.tensor_fragment.fragment_address"),
+    (InertState, "deepspeed.runtime.fp16.loss_scaler.LossScaler"),
+    (InertState, "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler"),
+    (int, "deepspeed.runtime.zero.config.ZeroStageEnum"),
+)
+"""What DeepSpeed 0.19 pickles beside tensors and plain values, replaced by something without behaviour."""
+
+
+def snapshot(state: Any, *, copy: bool) -> Any:
+    """The same structure with every tensor detached, on the host, and alone in its storage.
+
+    torch.save writes whole storages, so a view of a flat buffer must be cloned, or each file holds the buffer. With
+    `copy` every tensor is cloned, so that training may go on while the result is written.
+    """
+    if isinstance(state, torch.Tensor):
+        host = state.detach().to("cpu")
+        fills_storage = host.untyped_storage().nbytes() == host.numel() * host.element_size()
+        moved = host.device != state.device
+        return host if fills_storage and (moved or not copy) else host.clone()
+    if isinstance(state, dict):
+        return type(state)((key, snapshot(value, copy=copy)) for key, value in state.items())
+    if type(state) in (list, tuple):
+        return type(state)(snapshot(value, copy=copy) for value in state)
+    return state
+
+
+def write_tensors(path: Path, state: Any) -> FileRecord:
+    """Create a torch file of `state`, which `snapshot` has made, durably."""
+
+    def produce(file: HashingFile) -> None:
+        torch.save(state, file)  # type: ignore[arg-type]  # torch needs write() and flush() alone
+
+    return write_file(path, produce)
+
+
+def read_tensors(path: Path, *, allowed: tuple[Allowed, ...] = INERT_STAND_INS, mmap: bool = False) -> Any:
+    """Load a torch file to the host, with tensors, plain containers and the `allowed` classes only.
+
+    With `mmap` the tensors are read when they are touched: slices of a large file cost what they weigh.
+
+    Raises: CheckpointError if the file is damaged, or holds anything else.
+    """
+    try:
+        with torch.serialization.safe_globals(list(allowed)):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except pickle.UnpicklingError as error:
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(f"{path} holds something other than tensors and is not loaded: {reason}") from error
+    except (OSError, RuntimeError, ValueError, EOFError, KeyError, TypeError, zipfile.BadZipFile) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error

@@ -1,0 +1,87 @@
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import pytest
+
+from megalm.checkpoint import durable
+
+
+def test_record_is_that_of_the_bytes_on_the_disk(tmp_path: Path) -> None:
+    content = b"ab" * 5000
+    record = durable.write_file(tmp_path / "x.bin", lambda file: [file.write(content), file.write(b"!")] and None)
+    on_disk = (tmp_path / "x.bin").read_bytes()
+    assert on_disk == content + b"!"
+    assert record == durable.FileRecord("x.bin", len(on_disk), hashlib.sha256(on_disk).hexdigest())
+
+
+def test_a_file_is_never_written_over(tmp_path: Path) -> None:
+    (tmp_path / "x").write_text("old")
+    with pytest.raises(FileExistsError):
+        durable.write_text(tmp_path / "x", "new")
+    assert (tmp_path / "x").read_text() == "old"
+
+
+def test_every_byte_arrives_when_writes_are_short() -> None:
+    class Reluctant:
+        name = "reluctant"
+
+        def __init__(self) -> None:
+            self.taken = b""
+
+        def write(self, data: memoryview) -> int:
+            self.taken += bytes(data[:3])
+            return min(3, len(data))
+
+    file = Reluctant()
+    durable.write_all(file, b"0123456789")  # type: ignore[arg-type]
+    assert file.taken == b"0123456789"
+
+
+@pytest.mark.parametrize("failing", ["open_new", "write_all", "sync", "rename", "sync_folder"])
+def test_latest_is_the_old_or_the_new_text_wherever_a_replacement_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str
+) -> None:
+    latest = tmp_path / "latest"
+    durable.replace_text(latest, "global_step1")
+
+    def fail(*args: object, **kwargs: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(durable, failing, fail)
+    with pytest.raises(OSError):
+        durable.replace_text(latest, "global_step2")
+    assert latest.read_text() == ("global_step2" if failing == "sync_folder" else "global_step1")
+    monkeypatch.undo()
+    durable.replace_text(latest, "global_step3")
+    assert latest.read_text() == "global_step3"
+
+
+def test_publishing_over_an_older_folder_leaves_one_of_them_whole_at_every_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    final, replaced = tmp_path / "global_step1", tmp_path / "global_step1.old"
+    final.mkdir()
+    (final / "x").write_text("old")
+    new = tmp_path / "global_step1.tmp"
+    new.mkdir()
+    (new / "x").write_text("new")
+    whole: list[bool] = []
+
+    def watch(name: str) -> None:
+        original = getattr(durable, name)
+
+        def watched(*args: Path) -> None:
+            original(*args)
+            whole.append(any((folder / "x").is_file() for folder in (final, replaced)))
+
+        monkeypatch.setattr(durable, name, watched)
+
+    for name in ("rename", "sync_folder", "remove_tree"):
+        watch(name)
+    durable.publish_folder(new, final, replaced=replaced)
+    assert whole
+    assert all(whole)
+    assert (final / "x").read_text() == "new"
+    assert not replaced.exists()

@@ -1,0 +1,185 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megalm.checkpoint.export import export_checkpoint, parse_size
+from megalm.config.root import Config
+from megalm.errors import CheckpointError
+from megalm.models.gpt.build import plan_gpt
+from megalm.models.gpt.model import GPT
+from megalm.models.gpt.weights import named_in_model
+from tests.support.checkpoints import SEQ_LENGTH, bloom_config, config_of, gptmeg_config, write_checkpoint
+
+transformers = pytest.importorskip("transformers")
+
+
+def own_model(config: Config, weights: Any) -> GPT:
+    model = GPT(plan_gpt(config.model, seq_length=SEQ_LENGTH)).eval()
+    values = {weight.name: tensor for weight, tensor in weights}
+    with torch.no_grad():
+        for name, parameter in named_in_model(model, model.plan.shape):
+            parameter.copy_(values[name])
+    return model
+
+
+def load(cls: Any, folder: Path) -> tuple[Any, dict[str, Any]]:
+    model, info = cls.from_pretrained(folder, output_loading_info=True, dtype=torch.float32)
+    return model.eval(), info
+
+
+@pytest.mark.parametrize("num_heads", [4, 6, 12])
+def test_bloom_export_computes_the_trainers_logits(tmp_path: Path, num_heads: int) -> None:
+    config = bloom_config(num_heads=num_heads)
+    weights = write_checkpoint(tmp_path / "c", config, tp_size=2)
+    export_checkpoint(tmp_path / "c", tmp_path / "hf")
+    model, info = load(transformers.BloomForCausalLM, tmp_path / "hf")
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    check_logits_and_greedy(model, own_model(config, weights))
+
+
+@pytest.mark.parametrize("num_heads", [4, 6])
+def test_gptmeg_export_computes_the_trainers_logits_as_gpt2(tmp_path: Path, num_heads: int) -> None:
+    config = gptmeg_config(num_heads=num_heads)
+    weights = write_checkpoint(tmp_path / "c", config, tp_size=2)
+    export_checkpoint(tmp_path / "c", tmp_path / "hf")
+    model, info = load(transformers.GPT2LMHeadModel, tmp_path / "hf")
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    check_logits_and_greedy(model, own_model(config, weights))
+
+
+@torch.no_grad()
+def check_logits_and_greedy(theirs: Any, ours: GPT) -> None:
+    tokens = torch.randint(0, 48, (3, 16), generator=torch.Generator().manual_seed(1))
+    # fp32: both sum the same products in another order; logits are of size 1 to 10.
+    torch.testing.assert_close(ours(tokens), theirs(tokens).logits, rtol=0, atol=1e-5)
+    continued = tokens[:1]
+    for _ in range(12):
+        continued = torch.cat([continued, ours(continued)[:, -1:].argmax(-1)], dim=1)
+    for use_cache in (True, False):
+        generated = theirs.generate(tokens[:1], max_new_tokens=12, do_sample=False, use_cache=use_cache)
+        assert generated.tolist() == continued.tolist()
+
+
+@pytest.mark.parametrize(
+    "cls, missing",
+    [
+        ("BloomModel", set()),
+        ("BloomForSequenceClassification", {"score.weight"}),
+        ("BloomForTokenClassification", {"classifier.weight", "classifier.bias"}),
+        ("BloomForQuestionAnswering", {"qa_outputs.weight", "qa_outputs.bias"}),
+    ],
+)
+def test_bloom_export_misses_exactly_the_keys_of_each_head(tmp_path: Path, cls: str, missing: set[str]) -> None:
+    write_checkpoint(tmp_path / "c", bloom_config())
+    export_checkpoint(tmp_path / "c", tmp_path / "hf")
+    _, info = load(getattr(transformers, cls), tmp_path / "hf")
+    assert set(info["missing_keys"]) == missing
+    assert not info["unexpected_keys"]
+
+
+def test_shards_are_indexed_and_hold_the_same_weights(tmp_path: Path) -> None:
+    config = bloom_config()
+    weights = write_checkpoint(tmp_path / "c", config)
+    export = export_checkpoint(tmp_path / "c", tmp_path / "hf", max_shard_bytes=20_000)
+    shards = sorted(path.name for path in (tmp_path / "hf").glob("*.safetensors"))
+    assert len(shards) > 2
+    index = json.loads((tmp_path / "hf" / "model.safetensors.index.json").read_text())
+    assert set(index["weight_map"].values()) == set(shards)
+    assert index["metadata"]["total_size"] == export.num_bytes == sum(tensor.nbytes for _, tensor in weights)
+    model, info = load(transformers.BloomForCausalLM, tmp_path / "hf")
+    assert not info["missing_keys"]
+    loaded = model.state_dict()
+    for weight, tensor in weights:
+        assert torch.equal(loaded[f"transformer.{weight.name}"], tensor), weight.name
+
+
+def test_dtype_is_the_checkpoints_unless_asked_for(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "c", bloom_config(), dtype=torch.bfloat16)
+    export_checkpoint(tmp_path / "c", tmp_path / "same")
+    export_checkpoint(tmp_path / "c", tmp_path / "half", dtype="fp16")
+    for folder, dtype in (("same", torch.bfloat16), ("half", torch.float16)):
+        model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / folder)
+        assert model.dtype == dtype
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"activation": "gelu_erf"}, "--no-bias-gelu-fusion"),
+        ({"tie_embeddings": False}, "untied head"),
+        ({"ffn_hidden_size": 40}, "--ffn-hidden-size"),
+        ({"embed_layernorm": False}, "--embed-layernorm"),
+        ({"position_embedding": "learned"}, "--position-embedding-type"),
+    ],
+)
+def test_what_bloom_cannot_express_is_refused_by_its_flag(tmp_path: Path, change: dict[str, Any], words: str) -> None:
+    from dataclasses import replace
+
+    config = config_of(replace(bloom_config().model, **change))
+    write_checkpoint(tmp_path / "c", config)
+    with pytest.raises(CheckpointError, match=words):
+        export_checkpoint(tmp_path / "c", tmp_path / "hf")
+    assert not (tmp_path / "hf").exists()
+
+
+def test_an_untied_erf_gptmeg_with_another_ffn_is_a_gpt2(tmp_path: Path) -> None:
+    from dataclasses import replace
+
+    model_config = replace(gptmeg_config().model, tie_embeddings=False, activation="gelu_erf", ffn_hidden_size=40)
+    config = config_of(model_config)
+    weights = write_checkpoint(tmp_path / "c", config)
+    export_checkpoint(tmp_path / "c", tmp_path / "hf")
+    model, info = load(transformers.GPT2LMHeadModel, tmp_path / "hf")
+    assert not info["missing_keys"]
+    check_logits_and_greedy(model, own_model(config, weights))
+
+
+def test_nothing_is_published_if_the_proof_fails(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "c", bloom_config())
+
+    def refuse(export: object) -> None:
+        raise CheckpointError("logits differ")
+
+    with pytest.raises(CheckpointError, match="logits differ"):
+        export_checkpoint(tmp_path / "c", tmp_path / "hf", prove=refuse)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["c"]
+
+
+def test_an_export_that_is_there_is_not_overwritten(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "c", bloom_config())
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "precious").write_text("x")
+    with pytest.raises(CheckpointError, match="exists"):
+        export_checkpoint(tmp_path / "c", tmp_path / "hf")
+    assert (tmp_path / "hf" / "precious").exists()
+    export_checkpoint(tmp_path / "c", tmp_path / "hf", overwrite=True)
+    assert not (tmp_path / "hf" / "precious").exists()
+
+
+def test_every_file_of_an_export_is_in_its_manifest(tmp_path: Path) -> None:
+    from megalm.checkpoint.manifest import hash_file
+
+    write_checkpoint(tmp_path / "c", bloom_config())
+
+    def save_tokenizer(folder: Path) -> int:
+        (folder / "tokenizer.json").write_text("{}")
+        return 7
+
+    export_checkpoint(tmp_path / "c", tmp_path / "hf", save_tokenizer=save_tokenizer)
+    manifest = json.loads((tmp_path / "hf" / "manifest.json").read_text())
+    listed = {entry["name"]: entry["sha256"] for entry in manifest["files"]}
+    assert listed == {
+        path.name: hash_file(path) for path in (tmp_path / "hf").iterdir() if path.name != "manifest.json"
+    }
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["eos_token_id"] == 7
+
+
+def test_sizes_are_read_in_decimal_and_binary_units() -> None:
+    assert [parse_size(text) for text in ("5GB", "1.5 mb", "2GiB", "4096")] == [5 * 10**9, 1_500_000, 2**31, 4096]
