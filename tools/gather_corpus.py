@@ -1,0 +1,51 @@
+#!/usr/bin/env python
+"""Write a jsonl corpus of the sources and documentation that are installed on this machine."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+from megalm.data.corpus import installed_folders, write_corpus
+from megalm.errors import MegalmError
+
+
+def main(arguments: list[str]) -> int:
+    """Run the tool and return its exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.add_argument("--output", type=Path, required=True, help="jsonl file to write")
+    parser.add_argument(
+        "--folder", type=Path, action="append", help="read this folder (repeatable); default: installed Python"
+    )
+    parser.add_argument("--seed", type=int, default=1234, help="seed of the order of documents (default: 1234)")
+    parser.add_argument(
+        "--target-mb", type=float, default=24.0, help="stop after this much text, in 10^6 bytes (default: 24)"
+    )
+    parser.add_argument("--min-mb", type=float, default=20.0, help="fail with less text than this (default: 20)")
+    options = parser.parse_args(arguments)
+
+    started = time.perf_counter()
+    folders = options.folder or installed_folders()
+    try:
+        report = write_corpus(
+            options.output,
+            folders,
+            seed=options.seed,
+            target_bytes=int(options.target_mb * 1e6),
+            required_bytes=int(options.min_mb * 1e6),
+        )
+    except MegalmError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return error.exit_code
+    print(
+        f"{options.output}: {report.num_documents:,} documents, {report.text_bytes / 1e6:.1f} MB of text from "
+        f"{', '.join(map(str, folders))} ({report.num_duplicates:,} duplicates and {report.num_skipped:,} files "
+        f"of unfit size left out) in {time.perf_counter() - started:.1f} s"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
