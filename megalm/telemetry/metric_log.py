@@ -1,0 +1,103 @@
+"""The JSON-lines record of a run: what is appended, what a resume takes back, and how it is read.
+
+Every line is one object with `kind` and `step`. `train` lines carry the fields of StepMetrics, `valid` lines a `name`
+and a `loss`, `resume` lines mark the step that a run continued from. `loss_hex` holds the loss bit for bit; numbers
+that JSON cannot write (nan, inf) are null beside it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+from megalm.errors import ConfigError, DataError
+
+
+class MetricLog:
+    """Appends records to a file, each on disk's way before the next step."""
+
+    def __init__(self, path: str | Path, *, resume_step: int | None = None) -> None:
+        """Open for append. With `resume_step`, records past it are first moved to `<path>.discarded`.
+
+        Raises: ConfigError if the file cannot be written; DataError if it exists and holds something else.
+        """
+        self.path = Path(path)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            if self.path.exists():
+                _take_back(self.path, math.inf if resume_step is None else resume_step)
+            self._file: TextIO = self.path.open("a", encoding="utf-8")
+        except OSError as failure:
+            raise ConfigError(
+                f"the metrics file {self.path} cannot be written: {failure.strerror}\n"
+                "  set by --metrics-path, or metrics.jsonl in the folder of --save; name a file in a writable folder"
+            ) from failure
+        if resume_step:
+            self.append({"kind": "resume", "step": resume_step})
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        """Write one record and hand it to the operating system."""
+        self._file.write(json.dumps(_jsonable(record), allow_nan=False) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_metric_log(path: str | Path) -> Iterator[dict[str, Any]]:
+    """Every record in order. A last line that a crash cut short is left out.
+
+    Raises: DataError if the file is missing or a whole line is not a record.
+    """
+    for _, record in _whole_lines(Path(path)):
+        yield record
+
+
+def _take_back(path: Path, last_step: float) -> None:
+    """Move what happened after `last_step` out of the record, since it will happen again, and drop a line cut short."""
+    kept: list[str] = []
+    discarded: list[str] = []
+    for line, record in _whole_lines(path):
+        (kept if record["step"] <= last_step else discarded).append(line)
+    if discarded:
+        with path.with_name(path.name + ".discarded").open("a", encoding="utf-8") as file:
+            file.writelines(discarded)
+    beside = path.with_name(path.name + ".tmp")
+    with beside.open("w", encoding="utf-8") as file:
+        file.writelines(kept)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(beside, path)
+
+
+def _whole_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    except FileNotFoundError:
+        raise DataError(f"there is no metrics file {path}\n  a run writes one as <save>/metrics.jsonl") from None
+    for number, line in enumerate(lines, start=1):
+        if not line.endswith("\n"):
+            return
+        try:
+            record = json.loads(line)
+            if not isinstance(record["step"], int) or not isinstance(record["kind"], str):
+                raise TypeError
+        except (ValueError, TypeError, KeyError):
+            raise DataError(
+                f"line {number} of {path} is not a record of metrics: {line.strip()[:80]!r}\n"
+                "  every line is a JSON object with kind and step; move the file away or remove the line"
+            ) from None
+        yield line, record
+
+
+def _jsonable(record: Mapping[str, Any]) -> dict[str, Any]:
+    written = {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in record.items()
+    }
+    if "loss" in record:
+        written["loss_hex"] = float(record["loss"]).hex()
+    return written
