@@ -233,11 +233,11 @@ def _ramp_up(config: Config) -> Iterator[Failure]:
         yield Failure(f"{named} must hold a start and an increment greater than 0", origins(config, path))
     elif final is None:
         yield Failure(f"{named} needs the batch to grow to", origins(config, path), "pass --global-batch-size")
-    elif start > final or (final - start) % increment:
+    elif start >= final or (final - start) % increment:
         yield Failure(
             f"{named} does not reach training.global_batch_size = {final} in steps of {increment}",
             origins(config, path, "training.global_batch_size"),
-            f"a start of at most {final} that differs from it by a multiple of the increment",
+            f"a start below {final} that differs from it by a multiple of the increment",
         )
 
 

@@ -28,8 +28,8 @@ FIELDS = {
 PASSED_ON = (
     "gradient_accumulation_steps", "steps_per_print", "wall_clock_breakdown", "memory_breakdown", "dump_state",
     "disable_allgather", "communication_data_type", "prescale_gradients", "gradient_predivide_factor",
-    "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "zero_optimization", "bf16", "fp16", "pipeline",
-    "aio", "comms_logger", "flops_profiler", "timers", "checkpoint",
+    "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "zero_optimization", "bf16", "fp16",
+    "aio", "comms_logger", "flops_profiler", "timers",
 )  # fmt: skip
 REFUSED = {
     "optimizer": "the optimizer is set by --lr, --adam-beta1, --weight-decay and their like",
@@ -42,6 +42,8 @@ REFUSED = {
     "amp": "the dtype is set by --bf16 or --fp16",
     "tensor_parallel": "the layout is set by --tensor-model-parallel-size",
     "curriculum_learning": "seq_length is the same in every step",
+    "pipeline": "stages are set by --pipeline-model-parallel-size and --pp-partition-method",
+    "checkpoint": "checkpoints are megalm's own writing",
     "data_efficiency": "the order of samples is megalm's",
 }
 

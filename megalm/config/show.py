@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import textwrap
+from collections.abc import Mapping
 
 from megalm.config.deepspeed_json import deepspeed_json, effective_zero_stage
 from megalm.config.flags import Flag, flag_table
@@ -16,8 +17,8 @@ USAGE = """\
 pretrain_gpt.py [FLAGS] [SECTION.FIELD=VALUE ...]
 
 Pre-trains a GPT-family language model. Presets (--config) override defaults, flags override presets, and
-SECTION.FIELD=VALUE overrides flags; every field below can be set that way. Flag names are exact, integers may hold
-underscores, and what cannot be obeyed is refused."""
+SECTION.FIELD=VALUE overrides flags; every field below can be set that way. Flag names are exact, integers
+may hold underscores, and what cannot be obeyed is refused."""
 
 
 def help_text() -> str:
@@ -26,7 +27,7 @@ def help_text() -> str:
     lines = [USAGE, "", "commands"]
     lines += [_entry(_usage(flag, ""), flag.note) for flag in table.values() if flag.action == "command"]
     for section, cls in SECTIONS.items():
-        lines += ["", f"{section}: {(cls.__doc__ or '').splitlines()[0]}"]
+        lines += ["", textwrap.fill(f"{section}: {(cls.__doc__ or '').splitlines()[0]}", WIDTH)]
         for path, info in option_table().items():
             if path.startswith(f"{section}."):
                 flags = [flag for flag in table.values() if flag.target == path]
@@ -84,46 +85,28 @@ def notes(config: Config) -> list[str]:
     return found
 
 
-def dry_run_report(config: Config, *, world_size: int) -> str:
-    """The plan of a checked run: layout, batch, length, what was set and by whom, and the DeepSpeed JSON."""
+def dry_run_report(config: Config, *, world_size: int, more: Mapping[str, str] | None = None) -> str:
+    """The plan of a checked run: layout, batch, length, what was set and by whom, and the DeepSpeed JSON.
+
+    `more` holds further facts, such as what only the model or the schedule can count.
+    """
     parallel, training = config.parallel, config.training
     dp_size = world_size // (parallel.tp * parallel.pp)
     global_batch_size = config.global_batch_size(dp_size=dp_size)
     accumulation = global_batch_size // (training.micro_batch_size * dp_size)
-    length = f"{training.train_samples} samples" if training.by_samples else f"{training.train_iters} steps"
     facts = {
         "layout": f"{world_size} processes = tp {parallel.tp} x pp {parallel.pp} x dp {dp_size}, "
         f"ZeRO-{effective_zero_stage(config)}, recompute {parallel.recompute}",
         "batch": f"{global_batch_size} samples = {training.micro_batch_size} x {accumulation} micro-batches "
         f"x dp {dp_size}, {global_batch_size * config.data.seq_length} tokens",
-        "length": length,
-        "steps": str(num_steps(config, dp_size=dp_size)),
+        "length": f"{training.train_samples} samples" if training.by_samples else f"{training.train_iters} steps",
         "dtype": training.dtype,
+        **(more or {}),
     }
-    lines = ["dry run: every check passed", *(f"  {name:<8}{text}" for name, text in facts.items())]
+    width = max(map(len, facts)) + 2
+    lines = ["dry run: every check passed", *(f"  {name.ljust(width)}{text}" for name, text in facts.items())]
     lines += ["notes", *(f"  {note}" for note in notes(config))] if notes(config) else []
     lines.append("set")
     lines += [f"  {path} = {config.get(path)}  ({source})" for path, source in config.sources.items()]
     lines += ["DeepSpeed JSON", textwrap.indent(json.dumps(deepspeed_json(config, dp_size=dp_size), indent=2), "  ")]
     return "\n".join(lines) + "\n"
-
-
-def num_steps(config: Config, *, dp_size: int) -> int:
-    """Optimizer updates of the whole run, the batch ramp-up included."""
-    training = config.training
-    if training.train_samples is None:
-        return training.train_iters or 0
-    final = config.global_batch_size(dp_size=dp_size)
-    if training.rampup_batch_size is None:
-        return -(-training.train_samples // final)
-    start, increment, ramp_samples = training.rampup_batch_size
-    num_increments = (final - start) // increment
-    consumed = steps = 0
-    for size in range(start, final, increment):
-        stage = (size - start) // increment
-        # The batch grows once the samples so far exceed this stage's share of the ramp.
-        end = min(training.train_samples, ramp_samples * (stage + 1) / num_increments)
-        needed = max(0, -(-int(end - consumed) // size))
-        steps += needed
-        consumed += needed * size
-    return steps + max(0, -(-(training.train_samples - consumed) // final))

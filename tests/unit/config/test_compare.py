@@ -1,0 +1,34 @@
+from __future__ import annotations
+
+from megalm.config.compare import differences
+from tests.unit.config.arguments import smallest
+
+
+def test_equal_configurations_differ_in_nothing() -> None:
+    assert differences(smallest(), smallest()) == []
+
+
+def test_shape_changes_the_model_and_learning_rate_does_not() -> None:
+    found = {one.path: one for one in differences(smallest(), smallest("--num-layers", "6", "--lr", "1e-4"))}
+    assert set(found) == {"model.num_layers", "training.lr"}
+    assert found["model.num_layers"].changes_model
+    assert not found["training.lr"].changes_model
+    assert str(found["model.num_layers"]) == "model.num_layers: 4 in the checkpoint, 6 now (--num-layers)"
+
+
+def test_size_written_out_equals_the_size_derived() -> None:
+    assert differences(smallest(), smallest("--ffn-hidden-size", "256", "--max-position-embeddings", "32")) == []
+    alibi = ("--position-embedding-type", "alibi")
+    assert differences(smallest(*alibi), smallest(*alibi, "--max-position-embeddings", "64")) == []
+
+
+def test_embedding_rows_count_not_the_tokens_before_padding() -> None:
+    found = differences(smallest("--vocab-size", "500"), smallest("--vocab-size", "510"))
+    assert [(one.path, one.changes_model) for one in found] == [("model.vocab_size", False)]
+    found = differences(smallest("--vocab-size", "500"), smallest("--vocab-size", "513"))
+    assert [one.path for one in found if one.changes_model] == ["model.pad_vocab_size_to"]
+
+
+def test_vocabulary_that_only_one_side_knows_does_not_count_as_another_model() -> None:
+    found = differences(smallest().with_vocab_size(500), smallest())
+    assert not any(one.changes_model for one in found)

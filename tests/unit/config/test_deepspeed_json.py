@@ -1,0 +1,126 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megalm.config.checks import check
+from megalm.config.deepspeed_json import deepspeed_json
+from megalm.config.root import Config
+from megalm.errors import ConfigError
+from tests.unit.config.arguments import smallest
+
+
+def with_file(folder: Path, content: dict[str, Any], *more: str, without: tuple[str, ...] = ()) -> Config:
+    path = folder / "ds.json"
+    path.write_text(json.dumps(content))
+    return smallest("--deepspeed_config", str(path), *more, without=without)
+
+
+def test_batch_is_the_final_global_batch() -> None:
+    built = deepspeed_json(smallest("--global-batch-size", "24"), dp_size=3)
+    assert built["train_batch_size"] == 24
+    assert built["train_micro_batch_size_per_gpu"] == 2
+    assert built["gradient_accumulation_steps"] == 4
+    assert deepspeed_json(smallest(), dp_size=3)["train_batch_size"] == 6
+
+
+@pytest.mark.parametrize("stage, expected", [(0, 1), (1, 1), (2, 2), (3, 3)])
+def test_bf16_keeps_fp32_masters_and_gradients(stage: int, expected: int) -> None:
+    built = deepspeed_json(smallest("--bf16", "--zero-stage", str(stage)), dp_size=1)
+    assert built["bf16"] == {"enabled": True}
+    assert built["data_types"] == {"grad_accum_dtype": "fp32"}
+    assert built["zero_optimization"]["stage"] == expected
+
+
+def test_fp16_scale_is_dynamic_unless_fixed() -> None:
+    built = deepspeed_json(smallest("--fp16", "--initial-loss-scale", "4096"), dp_size=1)
+    assert built["fp16"] == {
+        "enabled": True, "loss_scale": 0, "initial_scale_power": 12, "loss_scale_window": 1000, "hysteresis": 2,
+        "min_loss_scale": 1.0,
+    }  # fmt: skip
+    assert deepspeed_json(smallest("--fp16", "--loss-scale", "8"), dp_size=1)["fp16"]["loss_scale"] == 8
+    assert "fp16" not in deepspeed_json(smallest(), dp_size=1)
+
+
+def test_file_sets_what_flags_left_open_and_passes_on_the_rest(tmp_path: Path) -> None:
+    content = {
+        "train_batch_size": 16,
+        "gradient_clipping": 0.5,
+        "zero_optimization": {"stage": 1, "reduce_bucket_size": 1000},
+        "bf16": {"enabled": "auto"},
+        "steps_per_print": 7,
+        "gradient_accumulation_steps": "auto",
+    }
+    config = with_file(tmp_path, content)
+    assert (config.training.global_batch_size, config.training.clip_grad, config.parallel.zero_stage) == (16, 0.5, 1)
+    assert config.source("training.global_batch_size") == f"{tmp_path}/ds.json: train_batch_size"
+    built = deepspeed_json(config, dp_size=1)
+    assert built["zero_optimization"] == {"stage": 1, "reduce_bucket_size": 1000}
+    assert (built["steps_per_print"], built["gradient_accumulation_steps"]) == (7, 8)
+    assert "bf16" not in built
+
+
+def test_file_that_contradicts_a_flag_is_refused_and_both_are_named(tmp_path: Path) -> None:
+    content = {"train_batch_size": 16, "fp16": {"enabled": True}, "zero_optimization": {"stage": 1}}
+    with pytest.raises(ConfigError) as raised:
+        with_file(tmp_path, content, "--global-batch-size", "8", "--bf16", "--zero-stage", "1")
+    message = str(raised.value)
+    assert "training.global_batch_size = 8 contradicts 16" in message
+    assert f"set by --global-batch-size; the other in {tmp_path}/ds.json: train_batch_size" in message
+    assert "training.dtype = bf16 contradicts fp16" in message
+    assert message.startswith("2 settings")
+
+
+def test_dtype_that_the_file_switches_off_is_a_contradiction(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="training.dtype = bf16 contradicts bf16.enabled = false"):
+        with_file(tmp_path, {"bf16": {"enabled": False}}, "--bf16")
+    assert with_file(tmp_path, {"bf16": {"enabled": False}, "fp16": {"enabled": False}}).training.dtype == "fp32"
+
+
+@pytest.mark.parametrize(
+    "content, expected",
+    [
+        ({"optimizer": {"type": "Adam"}}, "optimizer in a DeepSpeed configuration: the optimizer is set by --lr"),
+        ({"pipeline": {"pipe_partitioned": True}}, "pipeline in a DeepSpeed configuration"),
+        ({"train_batchsize": 4}, "nearest: train_batch_size"),
+        ({"train_batch_size": "many"}, "expected an integer"),
+        ({"bf16": {"enabled": True}, "fp16": {"enabled": True}}, "fp16 and bf16 are both enabled"),
+    ],
+)
+def test_key_that_cannot_be_obeyed_is_refused(tmp_path: Path, content: dict[str, Any], expected: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        with_file(tmp_path, content)
+    assert expected in str(raised.value)
+
+
+def test_file_that_is_missing_or_not_json_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot read the DeepSpeed JSON"):
+        smallest("--deepspeed_config", str(tmp_path / "absent.json"))
+    (tmp_path / "broken.json").write_text("{")
+    with pytest.raises(ConfigError, match="cannot read the DeepSpeed JSON"):
+        smallest("--deepspeed_config", str(tmp_path / "broken.json"))
+    (tmp_path / "list.json").write_text("[]")
+    with pytest.raises(ConfigError, match="must be a mapping"):
+        smallest("--deepspeed_config", str(tmp_path / "list.json"))
+
+
+def test_gradient_accumulation_in_the_file_must_be_the_derived_one(tmp_path: Path) -> None:
+    config = with_file(tmp_path, {"train_batch_size": 16, "gradient_accumulation_steps": 4})
+    check(config, world_size=2, device_type="cpu", vocab_size=None)
+    with pytest.raises(ConfigError, match="gradient_accumulation_steps = 4 is not .* = 8"):
+        check(config, world_size=1, device_type="cpu", vocab_size=None)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("words", [(), ("--bf16",), ("--fp16", "--zero-stage", "2"), ("--bf16", "--zero-stage", "3")])
+def test_deepspeed_accepts_what_is_built(words: tuple[str, ...]) -> None:
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    read = DeepSpeedConfig(deepspeed_json(smallest(*words, "--global-batch-size", "8"), dp_size=1))
+    assert (read.train_batch_size, read.gradient_accumulation_steps) == (8, 4)
+    assert read.bfloat16_config.enabled == ("--bf16" in words)
+    assert read.float16_config.enabled == ("--fp16" in words)
+    assert read.pipeline["pipe_partitioned"] is False

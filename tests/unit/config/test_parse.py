@@ -1,0 +1,156 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megalm.config.parse import HelpRequested, parse_command_line, read_groups, split_command_line
+from megalm.errors import ConfigError
+from tests.unit.config.arguments import SMALLEST, smallest
+
+
+def failure_of(*more: str, without: tuple[str, ...] = ()) -> str:
+    with pytest.raises(ConfigError) as raised:
+        smallest(*more, without=without)
+    return str(raised.value)
+
+
+def test_defaults_then_preset_then_flag_then_override(tmp_path: Path) -> None:
+    preset = tmp_path / "preset.yaml"
+    preset.write_text("training:\n  min_lr: 1e-5\n  clip_grad: 0.5\n  weight_decay: 0.3\n")
+    config = smallest(
+        "training.weight_decay=0.5", "--weight-decay", "0.4", "--clip-grad", "0.7", "--config", str(preset)
+    )
+    training = config.training
+    assert (training.adam_beta1, training.min_lr, training.clip_grad, training.weight_decay) == (0.9, 1e-5, 0.7, 0.5)
+    assert config.source("training.adam_beta1") == "default"
+    assert config.source("training.min_lr") == f"{preset}:2"
+    assert config.source("training.clip_grad") == "--clip-grad"
+    assert config.source("training.weight_decay") == "the argument training.weight_decay=0.5"
+
+
+def test_values_keep_their_types() -> None:
+    config = smallest(
+        "--rampup-batch-size", "2", "2", "1_000", "--train-samples=220_000_000", "--global-batch-size", "8",
+        "training.lr=6e-5", "output.load_optim=false", "model.ffn_hidden_size=none", "--weight-decay", "1",
+        without=("--train-iters",),
+    )  # fmt: skip
+    assert config.training.rampup_batch_size == (2, 2, 1000)
+    assert config.training.train_samples == 220_000_000
+    assert config.training.lr == 6e-5
+    assert config.output.load_optim is False
+    assert config.model.ffn_hidden_size is None
+    assert isinstance(config.training.weight_decay, float)
+
+
+@pytest.mark.parametrize(
+    "words, expected",
+    [
+        (("--lr", "nan"), "expected a finite number, got 'nan'"),
+        (("--seed", "1.5"), "expected an integer"),
+        (("--optimizer", "sgd"), "expected one of adamw, got 'sgd' (--optimizer takes adam, adamw)"),
+        (("--rampup-batch-size", "2", "2"), "expected three integers"),
+        (("--lr",), "--lr needs a value: a finite number"),
+        (("--bf16=true",), "--bf16 takes no value, got 'true'"),
+        (("--data-impl", "lazy"), "tokenize the corpus again with tools/preprocess_data.py"),
+        (("training.lr=fast",), "set by the argument training.lr=fast"),
+        (("training.learning_rate=1",), "training.learning_rate is not a setting"),
+        (("stray",), "'stray' belongs to no flag"),
+        (("--config", "absent.yaml"), "cannot read the configuration absent.yaml: No such file or directory"),
+    ],
+)
+def test_bad_value_is_refused_in_words(words: tuple[str, ...], expected: str) -> None:
+    assert expected in failure_of(*words)
+
+
+def test_unknown_flag_names_the_nearest_and_abbreviations_are_unknown() -> None:
+    message = failure_of("--tensor-model-parallel", "2")
+    assert message.startswith("--tensor-model-parallel is not a flag")
+    assert "--tensor-model-parallel-size" in message
+    assert "--deepspeed_config" in failure_of("--deepspeed-config", "x.json")
+
+
+def test_same_flag_twice_counts_once_the_last() -> None:
+    assert smallest("--seed", "1", "--seed", "2").training.seed == 2
+
+
+def test_two_flags_that_set_one_field_differently_are_refused() -> None:
+    assert "training.dtype is set differently by --bf16 (bf16), --fp16 (fp16)" in failure_of("--bf16", "--fp16")
+    config = smallest("--checkpoint-activations", "--deepspeed-activation-checkpointing")
+    assert config.parallel.recompute == "full"
+    assert "parallel.recompute" in failure_of("--checkpoint-activations", "--recompute-granularity", "selective")
+
+
+def test_every_missing_field_is_named_at_once() -> None:
+    with pytest.raises(ConfigError) as raised:
+        parse_command_line([])
+    for flag in (
+        "--num-layers",
+        "--hidden-size",
+        "--num-attention-heads",
+        "--seq-length",
+        "--micro-batch-size",
+        "--lr",
+    ):
+        assert f"pass {flag}, " in str(raised.value)
+
+
+def test_several_failures_come_in_one_error() -> None:
+    message = failure_of("--bitfit", "--sead", "3", "--lr", "x")
+    assert message.startswith("3 settings cannot be obeyed")
+
+
+def test_parse_failure_does_not_hide_a_rule_that_is_broken() -> None:
+    message = failure_of("--bitfit", "--zero-stage", "3", "--pipeline-model-parallel-size", "2")
+    assert "--bitfit" in message
+    assert "parallel.zero_stage = 3 cannot be combined" in message
+
+
+def test_override_ends_the_words_of_a_flag() -> None:
+    given, overrides, failures = split_command_line(["--data-path", "a", "b", "training.lr=1", "--bf16"])
+    assert [(one.flag.name, one.words) for one in given] == [("--data-path", ("a", "b")), ("--bf16", ())]
+    assert overrides == [("training.lr", "1")]
+    assert failures == []
+
+
+def test_groups_of_a_paths_file() -> None:
+    assert read_groups('"t: 1 0:0.9 a, 2 0:0.9 b" "u: 1 0:1 c"\n') == ("t: 1 0:0.9 a, 2 0:0.9 b", "u: 1 0:1 c")
+    for broken in ("", "t: 1 0:1 a", '"t: 1 0:1 a" rest', '"unclosed'):
+        with pytest.raises(ValueError, match="double quotes"):
+            read_groups(broken)
+
+
+def test_paths_file_that_is_missing_is_refused(tmp_path: Path) -> None:
+    absent = str(tmp_path / "absent.txt")
+    message = failure_of("--train-weighted-split-paths-path", absent, without=("--data-path",))
+    assert f"cannot read {absent}" in message
+
+
+def test_dry_run_and_equality_ignore_where_values_came_from() -> None:
+    assert smallest("--dry-run").dry_run
+    assert smallest("--seed", "7") == smallest("training.seed=7")
+    assert smallest("--seed", "7") != smallest()
+
+
+def test_help_lists_every_flag_and_field() -> None:
+    from megalm.config.flags import flag_table
+    from megalm.config.root import option_table
+
+    with pytest.raises(HelpRequested) as raised:
+        parse_command_line([*SMALLEST, "--help"])
+    text = raised.value.text
+    assert [name for name in flag_table() if name not in text] == []
+    assert [path for path in option_table() if path not in text] == []
+
+
+def test_command_line_and_help_need_no_torch_and_no_numpy() -> None:
+    program = (
+        "import sys; from megalm.config.parse import *\n"
+        f"parse_command_line({SMALLEST!r})\n"
+        "try: parse_command_line(['--help'])\nexcept HelpRequested: pass\n"
+        "print([name for name in ('torch', 'numpy', 'deepspeed', 'yaml') if name in sys.modules])"
+    )
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=30)
+    assert ran.stdout.strip() == "[]"

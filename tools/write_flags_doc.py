@@ -1,0 +1,22 @@
+#!/usr/bin/env python
+"""Write docs/flags.md from the flag table: python tools/write_flags_doc.py [OUTPUT]."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from megalm.config.flags_doc import flags_markdown
+
+
+def main(arguments: list[str]) -> int:
+    """Write the page and return the exit code."""
+    target = Path(arguments[0]) if arguments else Path(__file__).resolve().parent.parent / "docs" / "flags.md"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(flags_markdown(), encoding="utf-8")
+    print(f"wrote {target}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
