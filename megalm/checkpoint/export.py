@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from megalm.checkpoint import layout
-from megalm.checkpoint.compatible import stored_model
 from megalm.checkpoint.durable import FileRecord, make_folder, remove_folder, rename, sync_folder, write_text
 from megalm.checkpoint.huggingface import Renamed, family_of, model_config, renamed
+from megalm.checkpoint.identity import stored_model
 from megalm.checkpoint.manifest import hash_file, read_manifest
 from megalm.checkpoint.merge import LayerFiles
 from megalm.checkpoint.safetensors_file import Entry, write_safetensors
@@ -38,6 +38,7 @@ class Export:
     family: str
     shape: GPTShape
     step: int
+    dtype: torch.dtype
     num_bytes: int = 0
     files: list[FileRecord] = field(default_factory=list)
     drift: dict[str, float] = field(default_factory=dict)
@@ -81,7 +82,7 @@ def export_checkpoint(
     temporary = destination.with_name(destination.name + ".tmp")
     remove_folder(temporary)
     make_folder(temporary)
-    export = Export(folder=temporary, family=family, shape=shape, step=manifest.step)
+    export = Export(folder=temporary, family=family, shape=shape, step=manifest.step, dtype=chosen)
     try:
         eod_id = save_tokenizer(temporary) if save_tokenizer is not None else None
         config = model_config(shape, family=family, dtype=_DTYPE_WORDS[chosen], eod_id=eod_id, seq_length=seq_length)

@@ -9,8 +9,8 @@ from typing import Any
 
 from megalm.checkpoint import layout
 from megalm.checkpoint.agreement import agree
-from megalm.checkpoint.compatible import check_same_model
 from megalm.checkpoint.engine_files import read_engine_files
+from megalm.checkpoint.identity import check_same_model
 from megalm.checkpoint.manifest import Manifest, read_manifest
 from megalm.checkpoint.tensor_files import read_tensors
 from megalm.config.root import Config

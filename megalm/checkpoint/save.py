@@ -16,7 +16,6 @@ import torch
 
 from megalm.checkpoint import layout
 from megalm.checkpoint.agreement import agree, exchange
-from megalm.checkpoint.compatible import model_fields
 from megalm.checkpoint.durable import (
     FileRecord,
     make_folder,
@@ -26,6 +25,7 @@ from megalm.checkpoint.durable import (
     write_text,
 )
 from megalm.checkpoint.engine_files import file_engine_of, write_engine_files
+from megalm.checkpoint.identity import model_fields
 from megalm.checkpoint.manifest import Manifest
 from megalm.checkpoint.retention import remove_outdated
 from megalm.checkpoint.tensor_files import snapshot, write_tensors

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from megalm.checkpoint import layout
-from megalm.checkpoint.compatible import model_fields
 from megalm.checkpoint.durable import write_text
+from megalm.checkpoint.identity import model_fields
 from megalm.checkpoint.manifest import Manifest
 from megalm.checkpoint.split import write_layer_files
 from megalm.config.data import DataConfig

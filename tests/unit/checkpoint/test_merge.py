@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megalm.checkpoint import layout
-from megalm.checkpoint.compatible import stored_model
+from megalm.checkpoint.identity import stored_model
 from megalm.checkpoint.manifest import read_manifest
 from megalm.checkpoint.merge import LayerFiles
 from megalm.checkpoint.tensor_files import read_tensors
@@ -34,9 +34,7 @@ def test_shards_of_any_tensor_parallel_size_merge_into_the_weights(
 
 
 def test_drifted_replicas_are_averaged_and_reported(tmp_path: Path) -> None:
-    weights = dict(
-        (weight.name, tensor) for weight, tensor in write_checkpoint(tmp_path / "c", bloom_config(), tp_size=2)
-    )
+    weights = {weight.name: tensor for weight, tensor in write_checkpoint(tmp_path / "c", bloom_config(), tp_size=2)}
     file = tmp_path / "c" / layout.layer_file(layout.block_index(1), 1)
     state = read_tensors(file)
     state["input_layernorm.weight"] += 0.5

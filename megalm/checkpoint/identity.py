@@ -1,4 +1,4 @@
-"""Whether a checkpoint's weights mean the same in this run."""
+"""Which model and which run a checkpoint is of, and whether its weights mean the same in another one."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from megalm.checkpoint import layout
 from megalm.checkpoint.manifest import Manifest
 from megalm.config.model import ModelConfig
 from megalm.config.root import Config
+from megalm.config.yaml_file import config_from_yaml
 from megalm.errors import CheckpointError
 
 # These change how weights are drawn, dropped or counted, not what they compute.
@@ -32,6 +33,21 @@ def model_fields(config: Config) -> dict[str, Any]:
         "max_position_embeddings": (model.max_position_embeddings or config.data.seq_length) if learned else None,
         "pad_vocab_size_to": model.padded_vocab_size,
     }
+
+
+def read_config(folder: Path) -> Config | None:
+    """The configuration of the run that wrote a checkpoint; None if it has none.
+
+    Raises: CheckpointError if it cannot be read, or ConfigError if this version of megalm does not know its fields.
+    """
+    file = folder / layout.CONFIG
+    if not file.is_file():
+        return None
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file} cannot be read: {error}") from error
+    return config_from_yaml(text, name=str(file))
 
 
 def stored_model(manifest: Manifest, *, path: Path) -> ModelConfig:

@@ -1,0 +1,91 @@
+"""What is in a checkpoint, and what is wrong with it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megalm.checkpoint import layout
+from megalm.checkpoint.identity import stored_model
+from megalm.checkpoint.manifest import read_manifest, verify
+from megalm.checkpoint.merge import LayerFiles
+from megalm.checkpoint.tensor_files import read_tensors
+from megalm.errors import CheckpointError
+from megalm.models.gpt.shape import gpt_shape
+
+
+@dataclass
+class Inspection:
+    """The result of reading a checkpoint from end to end."""
+
+    num_files: int = 0
+    num_bytes: int = 0
+    num_tensors: int = 0
+    problems: list[str] = field(default_factory=list)
+    """Reasons not to use it."""
+    remarks: list[str] = field(default_factory=list)
+    """Oddities that loading copes with."""
+
+
+def inspect_checkpoint(
+    folder: Path, *, hashes_only: bool = False, progress: Callable[[int], None] | None = None
+) -> Inspection:
+    """Check hashes against the manifest, then tensors for values that are not finite, shapes, and replica drift.
+
+    Reads without running anything in the files; holds one layer's or one file's tensors at a time.
+    """
+    result = Inspection()
+    try:
+        manifest = read_manifest(folder)
+    except CheckpointError as error:
+        result.problems.append(str(error))
+        return result
+    result.num_files, result.num_bytes = len(manifest.files), manifest.total_bytes
+    result.problems += verify(folder, manifest, progress=progress)
+    listed = {record.name for record in manifest.files} | {layout.MANIFEST}
+    result.remarks += [
+        f"{path.name} is not in the manifest; nothing reads it"
+        for path in sorted(folder.iterdir())
+        if path.name not in listed
+    ]
+    if result.problems or hashes_only:
+        return result
+    for record in manifest.files:
+        if record.name.endswith(".pt"):
+            try:
+                _check_values(folder / record.name, result)
+            except CheckpointError as error:
+                result.problems.append(str(error))
+    try:
+        layers = LayerFiles(folder, gpt_shape(stored_model(manifest, path=folder)))
+        for _ in layers.iterate():
+            pass
+        result.problems += [
+            f"tensor-parallel copies of {name} differ by {size:.1e}" for name, size in layers.drift.items()
+        ]
+    except CheckpointError as error:
+        result.problems.append(str(error))
+    return result
+
+
+def _check_values(path: Path, result: Inspection) -> None:
+    for name, tensor in tensors_of(read_tensors(path, mmap=True)):
+        result.num_tensors += 1
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            result.problems.append(f"{path.name}: {name} holds NaN or infinity")
+
+
+def tensors_of(state: Any, name: str = "") -> Iterator[tuple[str, torch.Tensor]]:
+    """Every tensor in a nested structure, with a dotted name."""
+    if isinstance(state, torch.Tensor):
+        yield name, state
+    elif isinstance(state, dict):
+        for key, value in state.items():
+            yield from tensors_of(value, f"{name}.{key}" if name else str(key))
+    elif isinstance(state, list | tuple):
+        for position, value in enumerate(state):
+            yield from tensors_of(value, f"{name}.{position}" if name else str(position))

@@ -1,0 +1,85 @@
+"""An export held against the trainer's own model: logits on real tokens, and a greedy continuation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megalm.checkpoint.standalone import continue_tokens, load_model
+from megalm.errors import CheckpointError
+
+LOGIT_TOLERANCE = 1e-5
+"""fp32, as a share of the largest logit where that is above 1: two orders of summation of the same products."""
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What the comparison found."""
+
+    num_tokens: int
+    largest_difference: float
+    """Of a logit, absolute."""
+    largest_logit: float
+    ours: list[int]
+    theirs: list[int]
+    """The prompt and its greedy continuation by transformers."""
+
+    def __str__(self) -> str:
+        return (
+            f"logits of {self.num_tokens} tokens differ by at most {self.largest_difference:.1e} "
+            f"(largest logit {self.largest_logit:.1f}); greedy continuations of {len(self.ours)} tokens are identical"
+        )
+
+
+@torch.no_grad()
+def prove_export(
+    folder: Path,
+    checkpoint: Path,
+    *,
+    tokens: torch.Tensor,
+    num_new: int = 20,
+    vocab_size: int,
+    dtype: torch.dtype,
+) -> Proof:
+    """Compare transformers' model of `folder` with megalm's of `checkpoint`, both in fp32.
+
+    `tokens` [b, s] are real ones; the first of them are continued greedily. `dtype` is the export's, to which
+    megalm's weights are rounded as well.
+    Raises: CheckpointError if keys are missing or left over, logits differ by more than LOGIT_TOLERANCE, or the
+    continuations are not the same.
+    """
+    from transformers import AutoModelForCausalLM
+
+    theirs, info = AutoModelForCausalLM.from_pretrained(
+        folder, output_loading_info=True, local_files_only=True, trust_remote_code=False
+    )
+    theirs.float().eval()
+    _check_keys(folder, info)
+    ours = load_model(checkpoint, rounded_to=dtype)
+    difference = largest = 0.0
+    for sample in tokens:
+        expected, actual = ours(sample[None]), theirs(sample[None]).logits
+        difference = max(difference, (expected - actual).abs().max().item())
+        largest = max(largest, expected.abs().max().item())
+    if not difference <= LOGIT_TOLERANCE * max(1.0, largest):
+        raise CheckpointError(
+            f"the export's logits differ from the trainer's by {difference:.3e}, more than {LOGIT_TOLERANCE:.0e} of "
+            f"the largest one, {largest:.1f}\n  nothing was published; this is a defect of the export"
+        )
+    prompt = tokens[0, : max(1, tokens.size(1) // 2)].tolist()
+    length = ours.plan.shape.num_positions
+    num_new = num_new if length is None else min(num_new, length - len(prompt))
+    own = continue_tokens(ours, prompt, num_new=num_new, vocab_size=vocab_size)
+    other = continue_tokens(lambda seen: theirs(seen).logits, prompt, num_new=num_new, vocab_size=vocab_size)
+    if own != other:
+        raise CheckpointError(f"greedy continuations differ: {own} by the trainer, {other} by transformers")
+    return Proof(tokens.numel(), difference, largest, own, other)
+
+
+def _check_keys(folder: Path, info: dict[str, Any]) -> None:
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if info.get(kind):
+            raise CheckpointError(f"transformers reports {kind} in {folder}: {sorted(map(str, info[kind]))[:5]}")

@@ -1,0 +1,111 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megalm.checkpoint import layout
+from megalm.checkpoint.durable import replace_text
+from tests.support.checkpoints import bloom_config, gptmeg_config, write_checkpoint
+from tests.support.tokenizer_folder import write_tokenizer
+from tools import export_hf, generate, verify_checkpoint
+
+PROMPT = "def main"
+
+
+@pytest.fixture(params=["bloom", "gptmeg"])
+def run_folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    vocab_size = write_tokenizer(tmp_path / "tokenizer")
+    make = {"bloom": bloom_config, "gptmeg": gptmeg_config}[request.param]
+    config = make(vocab_size=vocab_size)
+    config = replace(config, data=replace(config.data, tokenizer_path=str(tmp_path / "tokenizer")))
+    write_checkpoint(tmp_path / "run" / "global_step3", config, tp_size=2)
+    replace_text(tmp_path / "run" / layout.LATEST, "global_step3")
+    return tmp_path / "run"
+
+
+def test_export_with_proof_then_generate_from_both_sides(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("transformers")
+    out = run_folder.parent / "hf"
+    assert export_hf.main(["--load", str(run_folder), "--save", str(out), "--verify"]) == 0
+    said = capsys.readouterr().out
+    assert "logits of 128 tokens differ by at most" in said
+    assert "generated text:" in said
+    texts = []
+    for folder in (run_folder, out):
+        assert generate.main(["--load", str(folder), "--prompt", PROMPT, "--max-new-tokens", "8"]) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1]
+    assert texts[0].startswith(PROMPT)
+
+
+def test_an_export_loads_with_its_tokenizer(run_folder: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    out = run_folder.parent / "hf"
+    assert export_hf.main(["--load", str(run_folder), "--save", str(out), "--dtype", "bf16"]) == 0
+    tokenizer = transformers.AutoTokenizer.from_pretrained(out)
+    assert tokenizer.decode(tokenizer(PROMPT)["input_ids"]) == PROMPT
+    model = transformers.AutoModelForCausalLM.from_pretrained(out)
+    assert model.dtype == torch.bfloat16
+    assert model.config.eos_token_id == tokenizer.eos_token_id == 256
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--load", "{run}/nowhere"], "is not a folder"),
+        (["--load", "{run}", "--step", "4"], "no checkpoint of step 4; there are 3"),
+        (["--load", "{run}", "--max-shard-size", "big"], "give a size such as 5GB"),
+        (["--load", "{run}", "--tokenizer-name-or-path", "{run}"], "tokenizer"),
+    ],
+)
+def test_bad_arguments_are_one_paragraph_and_leave_nothing(
+    run_folder: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], words: str
+) -> None:
+    out = run_folder.parent / "hf"
+    filled = [argument.format(run=run_folder) for argument in arguments]
+    assert export_hf.main([*filled, "--save", str(out)]) != 0
+    assert words in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_verification_passes_a_whole_checkpoint(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert verify_checkpoint.main(["--load", str(run_folder)]) == 0
+    assert "global_step3: whole" in capsys.readouterr().out
+
+
+def test_verification_finds_a_flipped_bit_nan_and_drift(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = run_folder / "global_step3"
+    file = folder / layout.layer_file(layout.block_index(0), 0)
+    intact = file.read_bytes()
+    file.write_bytes(intact[:-1] + bytes([intact[-1] ^ 1]))
+    assert verify_checkpoint.main(["--load", str(folder)]) == 5
+    assert "sha256 differs" in capsys.readouterr().out
+    file.write_bytes(intact)
+
+    def spoil(state: dict[str, Any]) -> None:
+        state["self_attention.dense.bias"][0] = float("nan")
+        state["input_layernorm.weight"] += 1.0
+
+    rewrite_with_manifest(file, spoil)
+    assert verify_checkpoint.main(["--load", str(folder)]) == 5
+    said = capsys.readouterr().out
+    assert "self_attention.dense.bias holds NaN or infinity" in said
+    assert "copies of h.0.input_layernorm.weight differ" in said
+
+
+def rewrite_with_manifest(file: Path, change: Any) -> None:
+    """Change a tensor file as a faulty trainer would have: the manifest agrees with it."""
+    from megalm.checkpoint.manifest import read_manifest
+    from megalm.checkpoint.tensor_files import read_tensors, write_tensors
+
+    state = read_tensors(file)
+    change(state)
+    file.unlink()
+    record = write_tensors(file, state)
+    manifest = read_manifest(file.parent)
+    files = tuple(record if old.name == record.name else old for old in manifest.files)
+    (file.parent / layout.MANIFEST).write_text(replace(manifest, files=files).to_json())

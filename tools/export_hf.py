@@ -1,0 +1,122 @@
+#!/usr/bin/env python
+"""Write a checkpoint, of any layout, as a Hugging Face folder: Bloom, or GPT-2 for a model with learned positions."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+from megalm.errors import CheckpointError, DataError, MegalmError
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    result = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    result.add_argument("--load", type=Path, required=True, help="folder that a run saved to, or one checkpoint in it")
+    result.add_argument("--step", type=int, help="step of the checkpoint; default: the one that `latest` names")
+    result.add_argument("--save", type=Path, required=True, help="folder to write; it must not exist")
+    result.add_argument("--overwrite", action="store_true", help="replace the folder that --save names")
+    result.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="default: the checkpoint's")
+    result.add_argument("--max-shard-size", default="5GB", help="largest weight file, such as 500MB (default: 5GB)")
+    result.add_argument("--tokenizer-name-or-path", help="tokenizer to put beside the model; default: the run's")
+    result.add_argument("--no-tokenizer", action="store_true", help="write no tokenizer files")
+    result.add_argument(
+        "--verify", action="store_true", help="compare logits and a greedy continuation with transformers' first"
+    )
+    result.add_argument("--verify-text", help="text to compare on; default: the end of the run's corpus")
+    return result
+
+
+def run(options: argparse.Namespace) -> None:
+    """Find, check, export, prove, publish."""
+    from megalm.checkpoint.export import Export, export_checkpoint, parse_size
+    from megalm.checkpoint.find import find_checkpoint
+    from megalm.checkpoint.identity import read_config
+    from megalm.tokenizers.build import build_tokenizer, open_tokenizer
+
+    started = time.perf_counter()
+    try:
+        max_shard_bytes = parse_size(options.max_shard_size)
+    except ValueError as error:
+        raise CheckpointError(f"--max-shard-size {options.max_shard_size}: give a size such as 5GB") from error
+    checkpoint = find_checkpoint(options.load, step=options.step, warn=warn)
+    config = read_config(checkpoint)
+    tokenizer = None
+    if options.tokenizer_name_or_path is not None:
+        tokenizer = open_tokenizer("PretrainedFromHF", path=options.tokenizer_name_or_path)
+    elif not options.no_tokenizer and config is not None:
+        try:
+            tokenizer = build_tokenizer(config.data, vocab_size=config.model.vocab_size)
+        except DataError as error:
+            raise DataError(f"{error}\n  or give --tokenizer-name-or-path, or --no-tokenizer") from error
+
+    def save_tokenizer(folder: Path) -> int | None:
+        assert tokenizer is not None
+        tokenizer.save_pretrained(folder)
+        return tokenizer.eod_id
+
+    def prove(export: Export) -> None:
+        from megalm.checkpoint.proof import prove_export
+        from megalm.checkpoint.proof_tokens import real_tokens
+
+        length = min(config.data.seq_length if config is not None else 128, 256)
+        tokens = real_tokens(
+            config.data if config is not None else None,
+            tokenizer,
+            num_samples=4,
+            length=length,
+            text=options.verify_text,
+        )
+        vocab_size = tokenizer.vocab_size if tokenizer is not None else export.shape.vocab_rows
+        proof = prove_export(export.folder, checkpoint, tokens=tokens, vocab_size=vocab_size, dtype=export.dtype)
+        print(proof)
+        print(f"  megalm:       {proof.ours}\n  transformers: {proof.theirs}")
+        if tokenizer is not None:
+            print(f"generated text: {tokenizer.decode(proof.theirs)!r}")
+
+    export = export_checkpoint(
+        checkpoint,
+        options.save,
+        dtype=options.dtype,
+        max_shard_bytes=max_shard_bytes,
+        save_tokenizer=save_tokenizer if tokenizer is not None else None,
+        seq_length=config.data.seq_length if config is not None else None,
+        prove=prove if options.verify else None,
+        overwrite=options.overwrite,
+        progress=show_progress if sys.stderr.isatty() else None,
+    )
+    for name, size in export.drift.items():
+        warn(f"copies of {name} differed by up to {size:.2e} from their mean, which was exported")
+    elapsed = time.perf_counter() - started
+    print(
+        f"{checkpoint} -> {export.folder}: {export.family}, {export.num_bytes / 1e6:.1f} MB of weights in "
+        f"{len(export.files)} files, {elapsed:.1f} s"
+    )
+
+
+def warn(message: str) -> None:
+    """Print a warning."""
+    print(f"warning: {message}", file=sys.stderr)
+
+
+def show_progress(name: str, done: int, total: int) -> None:
+    """Redraw the progress line."""
+    end = "\n" if done == total else ""
+    print(f"\r{done / 1e6:9.1f} / {total / 1e6:.1f} MB  {name:<60.60}", end=end, file=sys.stderr, flush=True)
+
+
+def main(arguments: list[str]) -> int:
+    """Run the tool and return its exit code."""
+    options = parser().parse_args(arguments)
+    try:
+        run(options)
+    except MegalmError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,89 @@
+#!/usr/bin/env python
+"""Continue a text with a trained model: a checkpoint of any layout, or a Hugging Face folder."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from megalm.errors import CheckpointError, MegalmError
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    result = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    result.add_argument("--load", type=Path, required=True, help="checkpoint folder, or Hugging Face folder")
+    result.add_argument("--step", type=int, help="step of the checkpoint; default: the one that `latest` names")
+    result.add_argument("--prompt", required=True, help="text to continue")
+    result.add_argument("--max-new-tokens", type=int, default=40, help="tokens to add (default: 40)")
+    result.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default: 0)")
+    result.add_argument("--top-k", type=int, help="choose among the k likeliest tokens only")
+    result.add_argument("--seed", type=int, default=0, help="seed of the choice (default: 0)")
+    result.add_argument("--tokenizer-name-or-path", help="tokenizer; default: the model's own")
+    return result
+
+
+def open_model(options: argparse.Namespace) -> tuple[Any, Any, int | None]:
+    """(a function from tokens to logits, the tokenizer, the longest input or None)."""
+    from megalm.tokenizers.build import build_tokenizer, open_tokenizer
+
+    given = options.tokenizer_name_or_path
+    tokenizer = open_tokenizer("PretrainedFromHF", path=given) if given is not None else None
+    if (options.load / "config.json").is_file():
+        from transformers import AutoModelForCausalLM
+
+        model = AutoModelForCausalLM.from_pretrained(options.load, local_files_only=True, trust_remote_code=False)
+        model.float().eval()
+        tokenizer = tokenizer or open_tokenizer("PretrainedFromHF", path=str(options.load))
+        return (lambda tokens: model(tokens).logits), tokenizer, getattr(model.config, "n_positions", None)
+
+    from megalm.checkpoint.find import find_checkpoint
+    from megalm.checkpoint.identity import read_config
+    from megalm.checkpoint.standalone import load_model
+
+    checkpoint = find_checkpoint(options.load, step=options.step, warn=lambda text: print(text, file=sys.stderr))
+    config = read_config(checkpoint)
+    if tokenizer is None:
+        if config is None:
+            raise CheckpointError(f"{checkpoint} does not name its tokenizer\n  give --tokenizer-name-or-path")
+        tokenizer = build_tokenizer(config.data, vocab_size=config.model.vocab_size)
+    own = load_model(checkpoint)
+    return own, tokenizer, own.plan.shape.num_positions
+
+
+def run(options: argparse.Namespace) -> None:
+    """Load, continue, print."""
+    from megalm.checkpoint.standalone import Sampling, continue_tokens
+
+    logits, tokenizer, max_length = open_model(options)
+    tokens = tokenizer.encode(options.prompt)
+    if not tokens:
+        raise CheckpointError("--prompt has no tokens\n  give some text")
+    sampling = Sampling(temperature=options.temperature, top_k=options.top_k, seed=options.seed)
+    continued = continue_tokens(
+        logits,
+        tokens,
+        num_new=options.max_new_tokens,
+        vocab_size=tokenizer.vocab_size,
+        sampling=sampling,
+        max_length=max_length,
+        stop_id=tokenizer.eod_id,
+    )
+    print(tokenizer.decode(continued))
+
+
+def main(arguments: list[str]) -> int:
+    """Run the tool and return its exit code."""
+    options = parser().parse_args(arguments)
+    try:
+        run(options)
+    except MegalmError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

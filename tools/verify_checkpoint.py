@@ -1,0 +1,88 @@
+#!/usr/bin/env python
+"""Check a checkpoint: every byte against its manifest, every tensor for NaN and infinity, shapes, replica drift.
+
+Exit code: 0 if it is whole, 5 if not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+from megalm.errors import CheckpointError, MegalmError
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    result = argparse.ArgumentParser(
+        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    result.add_argument("--load", type=Path, required=True, help="folder that a run saved to, or one checkpoint in it")
+    result.add_argument("--step", type=int, help="step of the checkpoint; default: every checkpoint of the folder")
+    result.add_argument("--hashes-only", action="store_true", help="leave the tensors unread")
+    return result
+
+
+def run(options: argparse.Namespace) -> bool:
+    """Inspect each checkpoint; returns whether all are whole."""
+    from megalm.checkpoint.inspection import inspect_checkpoint
+
+    whole = True
+    for folder in chosen_checkpoints(options.load, options.step):
+        started = time.perf_counter()
+        shown = [0.0, 0.0]
+
+        def progress(count: int, folder: Path = folder, shown: list[float] = shown) -> None:
+            shown[0] += count
+            if time.perf_counter() - shown[1] > 0.1:
+                shown[1] = time.perf_counter()
+                print(f"\r{folder.name}: {shown[0] / 1e6:.1f} MB hashed", end="", file=sys.stderr, flush=True)
+
+        result = inspect_checkpoint(
+            folder, hashes_only=options.hashes_only, progress=progress if sys.stderr.isatty() else None
+        )
+        elapsed = time.perf_counter() - started
+        whole = whole and not result.problems
+        verdict = "whole" if not result.problems else f"{len(result.problems)} problems"
+        print(
+            f"{folder}: {verdict}; {result.num_files} files, {result.num_bytes / 1e6:.1f} MB, "
+            f"{result.num_tensors} tensors, {elapsed:.1f} s"
+        )
+        for remark in [*result.problems, *result.remarks]:
+            print(f"  {remark}")
+    return whole
+
+
+def chosen_checkpoints(folder: Path, step: int | None) -> list[Path]:
+    """The checkpoints that the command line means.
+
+    Raises: CheckpointError if there is none.
+    """
+    from megalm.checkpoint import layout
+    from megalm.checkpoint.retention import published_checkpoints
+
+    if (folder / layout.MANIFEST).exists():
+        return [folder]
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is not a folder")
+    found = [path for number, path in published_checkpoints(folder) if step is None or number == step]
+    if not found:
+        wanted = "checkpoint" if step is None else f"checkpoint of step {step}"
+        raise CheckpointError(f"{folder} holds no {wanted}")
+    return found
+
+
+def main(arguments: list[str]) -> int:
+    """Run the tool and return its exit code."""
+    options = parser().parse_args(arguments)
+    try:
+        return 0 if run(options) else CheckpointError.exit_code
+    except MegalmError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return error.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
