@@ -160,4 +160,4 @@ def _dress(axes: Any, curve: Curve, unigram_entropy: float | None) -> None:
     axes.set_axisbelow(True)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
-    axes.legend(frameon=False, fontsize=9)
+    axes.legend(facecolor="white", framealpha=0.9, edgecolor="none", fontsize=9)
