@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterator
 
@@ -60,7 +61,8 @@ def origins(config: Config, *paths: str) -> str:
 
 def divisors(number: int, *, among: int = 1) -> str:
     """The divisors of a number that also divide `among` (any, when it is 1), for the last line of an error."""
-    fitting = [d for d in range(1, number + 1) if number % d == 0 and (among == 1 or among % d == 0)]
+    small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
+    fitting = [d for d in sorted({*small, *(number // d for d in small)}) if among == 1 or among % d == 0]
     shown = fitting if len(fitting) <= 16 else [*fitting[:8], *fitting[-8:]]
     return f"values that fit: {', '.join(map(str, shown))}"
 
@@ -110,13 +112,6 @@ def _positions(config: Config) -> Iterator[Failure]:
             origins(config, "model.max_position_embeddings", "data.seq_length"),
             f"at least {seq_length}, or --position-embedding-type alibi, which has no table",
         )
-    for path in ("data.reset_position_ids", "data.reset_attention_mask"):
-        if config.get(path):
-            yield Failure(
-                f"{path} = true: documents of a sample are not told apart in the model",
-                origins(config, path),
-                "leave it out; attention and positions then cross document ends, as in BLOOM's training",
-            )
 
 
 def _pipeline(config: Config) -> Iterator[Failure]:
@@ -278,7 +273,7 @@ def _corpora(config: Config) -> Iterator[Failure]:
         shares = [float(part) for part in parts]
     except ValueError:
         shares = []
-    if not 1 <= len(shares) <= 3 or min(shares) < 0 or sum(shares) <= 0:
+    if not 1 <= len(shares) <= 3 or min(shares) < 0 or not 0 < sum(shares) < math.inf:
         yield Failure(
             f"data.split = {data.split!r} must be one to three proportions, separated by commas",
             origins(config, "data.split"),

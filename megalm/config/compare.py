@@ -12,6 +12,10 @@ MODEL_PATHS = (
     "model.num_layers", "model.hidden_size", "model.num_heads", "model.position_embedding", "model.embed_layernorm",
     "model.activation", "model.tie_embeddings", "model.layernorm_epsilon",
 )  # fmt: skip
+SCHEDULE_PATHS = (
+    "training.lr", "training.min_lr", "training.lr_decay_style", "training.lr_decay_iters", "training.lr_decay_samples",
+    "training.lr_warmup_fraction", "training.lr_warmup_iters", "training.lr_warmup_samples",
+)  # fmt: skip
 DERIVED_PATHS = ("model.ffn_hidden_size", "model.max_position_embeddings", "model.pad_vocab_size_to")
 
 
@@ -24,6 +28,11 @@ class Difference:
     current: Any
     source: str
     changes_model: bool
+
+    @property
+    def changes_schedule(self) -> bool:
+        """Whether the learning rate follows another course from here on."""
+        return self.path in SCHEDULE_PATHS
 
     def __str__(self) -> str:
         return f"{self.path}: {self.stored} in the checkpoint, {self.current} now ({self.source})"
@@ -45,6 +54,10 @@ def differences(stored: Config, current: Config) -> list[Difference]:
 
 def _effective(config: Config) -> dict[str, Any]:
     values = config.values()
+    # The decay lasts as long as the training when it is not given, so that a longer run has another schedule.
+    training = config.training
+    values["training.lr_decay_iters"] = training.lr_decay_iters or training.train_iters
+    values["training.lr_decay_samples"] = training.lr_decay_samples or training.train_samples
     values["model.ffn_hidden_size"] = config.model.ffn_size
     values["model.pad_vocab_size_to"] = padded_vocab_size(config, None)
     learned = config.model.position_embedding == "learned"

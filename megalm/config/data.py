@@ -23,9 +23,7 @@ class DataConfig:
     test_weighted_split_paths: tuple[str, ...] = option((), doc="Test groups, in the same form.")
     split: str = option("969, 30, 1", doc="Proportions of training, validation and test in every corpus of data_path.")
     seq_length: int = option(doc="Tokens of one sample, s.")
-    num_workers: int = option(
-        2, doc="Processes that read samples ahead, for each rank that reads; 0 reads in the loop."
-    )
+    num_workers: int = option(2, doc="Threads that read samples ahead, for each rank that reads; 0 reads in the loop.")
     cache_path: str | None = option(None, doc="Folder of the sample maps; beside each corpus when not given.")
     eod_mask_loss: bool = option(False, doc="No loss on predicting the token after an end of document.")
     reset_position_ids: bool = option(False, doc="Positions start again after each end of document.")
@@ -39,5 +37,5 @@ class DataConfig:
     vocab_file: str | None = option(None, doc="GPT2BPETokenizer: its vocab.json.")
     merge_file: str | None = option(None, doc="GPT2BPETokenizer: its merges.txt.")
     valid_num_workers: int | None = option(
-        None, doc="Processes that read validation and test samples ahead; num_workers when not given."
+        None, doc="Threads that read validation and test samples ahead; num_workers when not given."
     )

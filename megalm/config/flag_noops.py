@@ -30,11 +30,6 @@ NOOPS = (
         "--sync-tp-duplicated-parameters",
         "Replicated parameters start bit-equal and get equal updates, which is checked.",
     ),
-    noop("--use-checkpoint-lr-scheduler", "The stored schedule is followed unless --override-lr-scheduler is given."),
-    noop(
-        "--use-checkpoint-opt_param-scheduler",
-        "The stored schedule is followed unless --override-lr-scheduler is given.",
-    ),
     noop("--log-timers-to-tensorboard", "Step time and throughput are written whenever tensorboard_dir is set."),
     noop(
         "--log-batch-size-to-tensorboard",

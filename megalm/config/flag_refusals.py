@@ -150,6 +150,16 @@ REFUSALS = (
         "a checkpoint never changes the configuration",
         "pass --config FOLDER/global_stepN/config.yaml",
     ),
+    refused(
+        "--use-checkpoint-lr-scheduler",
+        "a checkpoint never changes the schedule",
+        "remove it and pass the schedule of FOLDER/global_stepN/config.yaml",
+    ),
+    refused(
+        "--use-checkpoint-opt_param-scheduler",
+        "a checkpoint never changes the schedule",
+        "remove it and pass the schedule of FOLDER/global_stepN/config.yaml",
+    ),
     refused("--no-save-optim", "a checkpoint is always whole", "remove it; tools/export_hf.py writes weights alone"),
     refused("--no-save-rng", "a checkpoint is always whole", "remove it"),
     refused("--async-save", "a checkpoint is published before training goes on", "remove it"),

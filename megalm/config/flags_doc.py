@@ -15,6 +15,12 @@ Written by `python tools/write_flags_doc.py`; a test keeps it current. Order of 
 (`--config`), flags, `SECTION.FIELD=VALUE` arguments. Names are exact, and a flag given twice counts once, the last.
 Two flags that set one field differently are refused, and so is everything in the last tables.
 """
+DIFFERENT_DEFAULTS = (
+    ("`model.hidden_dropout`, `model.attention_dropout`", "0.0", "0.1: pass --hidden-dropout 0.1 to have it"),
+    ("`parallel.backend`", "nccl on GPUs, gloo on CPUs", "nccl"),
+    ("`output.log_interval`", "10 steps", "100 steps"),
+    ("`model.make_vocab_size_divisible_by`", "the padded vocabulary is its multiple", "its multiple times tp"),
+)
 
 
 def flags_markdown() -> str:
@@ -37,6 +43,8 @@ def flags_markdown() -> str:
             ("flag", "why", "instead"),
             [(f"`{flag.name}`", flag.note, flag.remedy) for flag in flags if flag.action == "refuse"],
         ),
+        "## Defaults that differ from Megatron's\n",
+        _table(("field", "here", "there"), DIFFERENT_DEFAULTS),
         "## The DeepSpeed JSON\n",
         "A value that contradicts a flag or a preset is refused, and both are named. `auto` takes the field's value.\n",
         _table(("key", "field"), [(f"`{key}`", f"`{path}`") for key, path in _json_fields()]),

@@ -22,7 +22,9 @@ class OutputConfig:
     load_rng: bool = option(True, doc="Load the random-number states.")
     finetune: bool = option(False, doc="Load weights alone; step, samples, schedule and optimizer start anew.")
     reset_progress: bool = option(False, doc="Load weights and optimizer, but count steps and samples from 0.")
-    override_lr_schedule: bool = option(False, doc="Follow this run's schedule, not the one stored in the checkpoint.")
+    override_lr_schedule: bool = option(
+        False, doc="Continue although the schedule differs from the checkpoint's; refused otherwise."
+    )
 
     log_interval: int = option(10, doc="Steps between progress lines.")
     metrics_path: str | None = option(
@@ -40,5 +42,5 @@ class OutputConfig:
     log_level: str = option("info", doc="Least severe message shown.", choices=("debug", "info", "warning", "error"))
 
     attention: str = option("auto", doc="Attention core: auto, baddbmm (the reference), sdpa.")
-    layer_norm: str = option("auto", doc="LayerNorm implementation: auto, torch.")
+    layer_norm: str = option("auto", doc="LayerNorm implementation: auto, reference (fp32 arithmetic), torch.")
     bias_gelu: str = option("auto", doc="Bias-GeLU implementation: auto, jit, torch.")

@@ -80,6 +80,8 @@ def notes(config: Config) -> list[str]:
         found.append("parallel.zero_stage = 0 in bf16 runs as stage 1, the one with fp32 masters and fp32 gradients")
     if config.model.position_embedding == "alibi" and config.model.max_position_embeddings is not None:
         found.append("model.max_position_embeddings has no effect: ALiBi has no table of positions")
+    if config.model.position_embedding == "alibi" and config.data.reset_position_ids:
+        found.append("data.reset_position_ids has no effect: ALiBi knows distances alone")
     if config.training.global_batch_size is None:
         found.append("training.global_batch_size is micro_batch_size * dp: one micro-batch a step")
     return found

@@ -32,3 +32,10 @@ def test_embedding_rows_count_not_the_tokens_before_padding() -> None:
 def test_vocabulary_that_only_one_side_knows_does_not_count_as_another_model() -> None:
     found = differences(smallest().with_vocab_size(500), smallest())
     assert not any(one.changes_model for one in found)
+
+
+def test_longer_run_without_its_own_decay_has_another_schedule() -> None:
+    found = differences(smallest(), smallest("--train-iters", "20"))
+    assert [one.path for one in found if one.changes_schedule] == ["training.lr_decay_iters"]
+    found = differences(smallest("--lr-decay-iters", "8"), smallest("--lr-decay-iters", "8", "--train-iters", "20"))
+    assert [(one.path, one.changes_schedule) for one in found] == [("training.train_iters", False)]
