@@ -1,7 +1,7 @@
 """Bias-GELU written out in TorchScript with a backward by hand: the specification of the fused activation.
 
 In fp32 it errs by 4.3e-7 forward and 5.6e-7 backward. On a GPU TorchScript fuses each direction into one kernel; on a
-CPU it only runs the operations one by one. TorchScript is deprecated from torch 2.9 on and its warning is silenced
+CPU it only runs the operations one by one. TorchScript is deprecated, as torch 2.13 warns; the warning is silenced
 here. Where scripting fails, the same functions run as plain Python and `scripting_failure` says why.
 """
 
