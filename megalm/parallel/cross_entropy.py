@@ -32,20 +32,22 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         if tp.size > 1:
             dist.all_reduce(peak, op=dist.ReduceOp.MAX, group=tp.handle)
         local, elsewhere = local_ids(labels, logits.size(-1) * tp.size, tp=tp)
-        shifted = logits.float() - peak.unsqueeze(-1)
-        target = shifted.gather(-1, local.unsqueeze(-1)).squeeze(-1).masked_fill(elsewhere, 0.0)
-        sums = torch.stack((shifted.exp_().sum(dim=-1), target))  # [2, s, b]
+        exponentials = logits.float() - peak.unsqueeze(-1)
+        target = exponentials.gather(-1, local.unsqueeze(-1)).squeeze(-1).masked_fill(elsewhere, 0.0)
+        sums = torch.stack((exponentials.exp_().sum(dim=-1), target))  # [2, s, b]
         if tp.size > 1:
             dist.all_reduce(sums, group=tp.handle)
-        log_sum = sums[0].log()
-        # Softmax is recomputed from the logits in backward: nothing of size [s, b, v/t] is kept in fp32 between.
-        ctx.save_for_backward(logits, local, elsewhere, peak + log_sum)
-        return log_sum - sums[1]
+        # Half-precision logits are kept as they are and their exponentials computed again: half the memory.
+        kept = exponentials if logits.dtype == torch.float32 else logits
+        ctx.save_for_backward(kept, local, elsewhere, peak, sums[0])
+        return sums[0].log() - sums[1]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        logits, local, elsewhere, log_normaliser = ctx.saved_tensors
-        grad = (logits.float() - log_normaliser.unsqueeze(-1)).exp_()
-        grad.scatter_add_(-1, local.unsqueeze(-1), elsewhere.unsqueeze(-1).to(grad.dtype) - 1.0)
-        grad.mul_(grads[0].unsqueeze(-1))
-        return grad.to(logits.dtype), None, None
+        kept, local, elsewhere, peak, total = ctx.saved_tensors
+        # Gradient of the loss to the logits: softmax - 1 at the label.
+        per_token = grads[0]
+        exponentials = kept if kept.dtype == torch.float32 else (kept.float() - peak.unsqueeze(-1)).exp_()
+        grad = exponentials * (per_token / total).unsqueeze(-1)
+        grad.scatter_add_(-1, local.unsqueeze(-1), (-per_token).masked_fill(elsewhere, 0.0).unsqueeze(-1))
+        return grad.to(kept.dtype), None, None
