@@ -16,7 +16,7 @@ from megalm.models.gpt.weights import named_in_model
 from megalm.parallel.random import RngStreams
 from megalm.parallel.shard import partition_dim
 from megalm.topology.group import SOLO, Group
-from megalm.topology.start import Launch, start
+from tests.dist.parallel_layer_cases import relative_difference
 
 S, B, VOCAB = 12, 4, 64
 BLOOM = ModelConfig(
@@ -45,9 +45,8 @@ UNTIED = ModelConfig(
 DOCUMENTS = DocumentRules(eod_id=0, reset_positions=True, reset_attention=True)
 
 
-def run_every_model_case(tp_size: int) -> dict[str, float]:
-    """All cases on this rank, with a tensor-parallel group of the whole world."""
-    tp = start(Launch.from_environment(), tp=tp_size, pp=1, backend="gloo").tp
+def run_model_cases(tp: Group) -> dict[str, float]:
+    """All cases on this rank."""
     return {name: case(tp) for name, case in MODEL_CASES.items()}
 
 
@@ -67,34 +66,26 @@ def sharded_against_whole(
     whole = build_model(plan_gpt(model, documents=documents), seed=3)
     spread = Spread(tp=tp, sequence_parallel=sequence_parallel, recompute=recompute)
     sharded = build_model(plan_gpt(model, spread=spread, documents=documents), seed=3)
-    results = [_logits_loss_and_grads(module, tokens, mask) for module in (sharded, whole)]
-    worst = 0.0
-    for name, ours in results[0].items():
-        dense = results[1][name]
-        dim = partition_dim(ours[1]) if isinstance(ours, tuple) else None
-        value = ours[0] if isinstance(ours, tuple) else ours
-        expected = dense[0] if isinstance(dense, tuple) else dense
-        expected = expected if dim is None else expected.chunk(tp.size, dim)[tp.rank]
-        worst = max(worst, ((value - expected).abs().max() / expected.abs().max()).item())
-    return worst
+    pairs = list(zip(*(_logits_and_loss(module, tokens, mask) for module in (sharded, whole)), strict=True))
+    dense = dict(named_in_model(whole, whole.plan.shape))
+    for name, parameter in named_in_model(sharded, sharded.plan.shape):
+        grad, dense_grad, dim = parameter.grad, dense[name].grad, partition_dim(parameter)
+        assert grad is not None, name
+        assert dense_grad is not None, name
+        pairs.append((grad, dense_grad if dim is None else dense_grad.chunk(tp.size, dim)[tp.rank]))
+    return relative_difference(pairs)
 
 
-def _logits_loss_and_grads(
-    module: GPT, tokens: Tensor, mask: Tensor
-) -> dict[str, Tensor | tuple[Tensor, torch.nn.Parameter]]:
+def _logits_and_loss(module: GPT, tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Leaves gradients behind."""
     logits = module(tokens[:, :-1]).detach()
     loss = module(tokens[:, :-1], tokens[:, 1:], mask)
     loss.backward()
-    found: dict[str, Tensor | tuple[Tensor, torch.nn.Parameter]] = {"logits": logits, "loss": loss.detach()}
-    for name, parameter in named_in_model(module, module.plan.shape):
-        assert parameter.grad is not None, name
-        found[name] = (parameter.grad, parameter)
-    return found
+    return logits, loss.detach()
 
 
-def dropout_masks(tp_size: int) -> tuple[list[float], list[float], list[float]]:
+def dropout_draws(tp: Group) -> tuple[list[float], list[float], list[float]]:
     """What this rank draws for hidden states, attention weights, and hidden states under sequence parallelism."""
-    tp = start(Launch.from_environment(), tp=tp_size, pp=1, backend="gloo").tp
     streams = RngStreams(9, tp=tp, pp=SOLO, dp=SOLO)
     plain = Spread(tp=tp, streams=streams)
     split = Spread(tp=tp, sequence_parallel=True, streams=streams)
