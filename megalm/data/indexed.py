@@ -59,6 +59,11 @@ def tokens_path(prefix: str | Path) -> Path:
     return Path(f"{prefix}.bin")
 
 
+def sidecar_path(prefix: str | Path) -> Path:
+    """Where the description of a corpus lies: counts, hashes, and what it was made of."""
+    return Path(f"{prefix}.meta.json")
+
+
 @dataclass(frozen=True)
 class Header:
     """The fixed part of an index."""

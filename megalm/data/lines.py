@@ -1,0 +1,121 @@
+"""Documents out of lines: JSON objects or plain text, and what can be wrong with them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+BOM = b"\xef\xbb\xbf"
+
+
+@dataclass(frozen=True)
+class BadLine:
+    """A line that gives no document."""
+
+    line: int
+    offset: int
+    """Where it starts, in bytes of the uncompressed source."""
+    reason: str
+
+
+Document = tuple[str, ...]
+"""The text of each key."""
+
+
+def read_lines(
+    content: bytes, *, format_name: str, keys: Sequence[str], first_line: int, offset: int
+) -> Iterator[Document | BadLine]:
+    """The document of each line, or what is wrong with it."""
+    parse = _JsonLine(keys).parse if format_name == "json" else _parse_text
+    start, number = 0, first_line
+    while start < len(content):
+        stop = content.find(b"\n", start)
+        if stop < 0:
+            stop = len(content)
+        try:
+            yield parse(content[start:stop])
+        except _RefusedError as error:
+            yield BadLine(number, offset + start, str(error))
+        start, number = stop + 1, number + 1
+
+
+class _RefusedError(Exception):
+    """Why a line gives no document."""
+
+
+class _JsonLine:
+    def __init__(self, keys: Sequence[str]) -> None:
+        self.keys = tuple(keys)
+        self.decode = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_refuse_constant).decode
+
+    def parse(self, line: bytes) -> Document:
+        text = _decoded(line)
+        try:
+            found = self.decode(text)
+        except json.JSONDecodeError as error:
+            if not text.strip():
+                raise _RefusedError("an empty line") from error
+            raise _RefusedError(f"not JSON at character {error.pos + 1}: {error.msg}") from error
+        except RecursionError as error:
+            raise _RefusedError("nested too deeply") from error
+        except ValueError as error:
+            raise _RefusedError(f"not JSON: {error}") from error
+        if not isinstance(found, dict):
+            raise _RefusedError(f"{_kind(found)}, not an object")
+        return tuple(self._text(found, key) for key in self.keys)
+
+    def _text(self, found: dict[str, Any], key: str) -> str:
+        if key not in found:
+            raise _RefusedError(f"no key {key!r}; its keys are {', '.join(list(found)[:8]) or 'none'}")
+        text = found[key]
+        if not isinstance(text, str):
+            raise _RefusedError(f"key {key!r} holds {_kind(text)}, not a string")
+        try:
+            # An escape such as \\ud800 alone is half of a character, which no tokenizer can take.
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise _RefusedError(f"key {key!r} holds half a surrogate pair at character {error.start + 1}") from error
+        return text
+
+
+def _parse_text(line: bytes) -> Document:
+    return (_decoded(line.removesuffix(b"\r")),)
+
+
+def _decoded(line: bytes) -> str:
+    if line.startswith(BOM):
+        raise _RefusedError("a byte order mark; save the file as UTF-8 without one")
+    try:
+        return line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise _RefusedError(
+            f"not UTF-8: byte {line[error.start]:#04x} at byte {error.start + 1} of the line"
+        ) from error
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise _RefusedError(f"key {twice!r} is there twice")
+    return found
+
+
+def _refuse_constant(name: str) -> None:
+    raise _RefusedError(f"not JSON: {name} is no number")
+
+
+def _kind(value: object) -> str:
+    if value is None:
+        return "null"
+    names: dict[type, str] = {
+        bool: "true or false",
+        int: "a number",
+        float: "a number",
+        str: "a string",
+        list: "a list",
+    }
+    return names.get(type(value), "an object")

@@ -1,0 +1,116 @@
+"""Worker processes that tokenize blocks."""
+
+from __future__ import annotations
+
+import multiprocessing
+import queue
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from multiprocessing.connection import Connection
+from typing import Any
+
+from megalm.data.documents import Block, Source
+from megalm.data.encoding import Encoded, Recipe, encode_block
+from megalm.errors import DataError
+
+READ_AHEAD = 2
+"""Blocks on their way for each worker beside the one that it works on."""
+
+
+def encode_in_order(
+    parts: Iterable[Block], sources: Sequence[Source], recipe: Recipe, *, workers: int
+) -> Iterator[tuple[Block, Encoded]]:
+    """Blocks through `workers` processes; results in the order of the blocks.
+
+    Each process is forked with the tokenizer that the parent has built, so that only blocks and packed ids are pickled.
+    A thread for each does the waiting, so that sending and receiving cannot block one another.
+    """
+    pool = [_Worker(recipe) for _ in range(workers)]
+    idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
+    for worker in pool:
+        idle.put(worker)
+
+    def encode(block: Block) -> Encoded:
+        worker = idle.get()
+        try:
+            return worker.encode(block, sources[block.source].format)
+        finally:
+            idle.put(worker)
+
+    waiting: deque[tuple[Block, Future[Encoded]]] = deque()
+    threads = ThreadPoolExecutor(workers)
+    try:
+        for block in parts:
+            waiting.append((block, threads.submit(encode, block)))
+            if len(waiting) > workers * READ_AHEAD:
+                done, future = waiting.popleft()
+                yield done, future.result()
+        while waiting:
+            done, future = waiting.popleft()
+            yield done, future.result()
+    finally:
+        for _, future in waiting:
+            future.cancel()
+        for worker in pool:
+            worker.stop()
+        threads.shutdown(wait=True)
+        for block, _ in waiting:
+            if block.spooled and block.path is not None:
+                block.path.unlink(missing_ok=True)
+
+
+class _Worker:
+    """One process and the pipe to it."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        context = multiprocessing.get_context("fork")
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(theirs, self._pipe, recipe), daemon=True)
+        self._process.start()
+        theirs.close()
+
+    def encode(self, block: Block, format_name: str) -> Encoded:
+        """Have a block encoded; an error there is raised here."""
+        try:
+            self._pipe.send((block, format_name))
+            answer = self._pipe.recv()
+        except (EOFError, OSError) as error:
+            self._process.join(1)
+            raise DataError(
+                f"a worker process died with exit code {self._process.exitcode}; -9 mostly means out of memory\n"
+                "  --resume continues; use fewer --workers, or a machine with more memory"
+            ) from error
+        if isinstance(answer, Exception):
+            raise answer
+        encoded: Encoded = answer
+        return encoded
+
+    def stop(self) -> None:
+        """End the process, at once if it is in the middle of a block."""
+        self._process.terminate()
+        self._process.join()
+        self._pipe.close()
+
+
+def _serve(pipe: Connection[Any, Any], parents: Connection[Any, Any], recipe: Recipe) -> None:
+    """Encode blocks until the parent goes away."""
+    # Without this the process would hold the parent's end open and never see that the parent died.
+    parents.close()
+    while True:
+        try:
+            block, format_name = pipe.recv()
+        except (EOFError, KeyboardInterrupt):
+            return
+        answer: Encoded | Exception
+        try:
+            answer = encode_block(block, format_name, recipe)
+        except KeyboardInterrupt:
+            return
+        # Whatever it is, the parent raises it in the order of the blocks.
+        except Exception as error:
+            answer = error
+        try:
+            pipe.send(answer)
+        except OSError:
+            return
