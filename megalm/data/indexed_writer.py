@@ -157,7 +157,8 @@ class IndexedWriter:
                 continue
         if not keep:
             for path in self._scratch.values():
-                path.unlink(missing_ok=True)
+                if path.exists():
+                    path.unlink()
 
     def _reopen(self, state: Mapping[str, int]) -> None:
         """Cut the scratch files back to a flushed state and go on from there."""
