@@ -37,9 +37,9 @@ done
 
 options=()
 env_file=""
-# The launcher's own lines would bury the run's; its errors stay. Older launchers have no such option.
+# The launcher's own lines would bury the run's. Older launchers have no such option.
 if ! $has_log_level && grep -q -- --log_level "$(module_file deepspeed launcher/runner.py)"; then
-    options+=(--log_level error)
+    options+=(--log_level critical)
 fi
 if [ -n "$hostfile" ]; then
     # DeepSpeed itself goes on with this host alone when the file does not exist.
@@ -94,4 +94,8 @@ while true; do
     kill -0 "$runner" 2>/dev/null || break
 done
 if [ -n "$env_file" ]; then rm -f "$env_file"; fi
+case $code in
+    0 | 75) ;; # finished, or saved and asked to stop
+    *) echo "launch/deepspeed.sh: the processes ended with exit code $code" >&2 ;;
+esac
 exit "$code"

@@ -8,6 +8,8 @@ import sys
 import time
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 from megalm.data.corpus import installed_folders, write_corpus
 from megalm.errors import MegalmError
 
