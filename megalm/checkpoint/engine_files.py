@@ -1,22 +1,24 @@
-"""DeepSpeed's reading and writing of checkpoint files, replaced by megalm's."""
+"""DeepSpeed's writing of checkpoint files, through megalm's. Reading needs no DeepSpeed: see `restore`."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import deepspeed
+import torch
+from deepspeed.pipe import PipelineModule
 from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointCommitInfo, CheckpointEngine
-from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
-from deepspeed.runtime.zero.config import ZeroStageEnum
-from deepspeed.utils.tensor_fragment import fragment_address
 
+from megalm.checkpoint import layout
 from megalm.checkpoint.durable import FileRecord, make_folder
-from megalm.checkpoint.tensor_files import Allowed, read_tensors, snapshot, write_tensors
-from megalm.errors import CheckpointError
-
-DEEPSPEED_CLASSES: tuple[Allowed, ...] = (fragment_address, LossScaler, DynamicLossScaler, ZeroStageEnum)
+from megalm.checkpoint.optimizer_files import PARAMETER_GROUPS
+from megalm.checkpoint.restore import named_parameters
+from megalm.checkpoint.tensor_files import read_tensors, snapshot, write_tensors
+from megalm.topology.topology import Topology
 
 
 class FileEngine(CheckpointEngine):
@@ -46,14 +48,17 @@ class FileEngine(CheckpointEngine):
         """Write one file durably, unless an earlier one failed."""
         if self.failure is not None:
             return
+        if "module" in state_dict:
+            # The layer files hold the weights; a model of one stage would be written twice.
+            state_dict = {**state_dict, "module": None}
         try:
             self.records.append(write_tensors(Path(path), snapshot(state_dict, copy=False)))
         except Exception as error:
             self.failure = error
 
     def load(self, path: str, map_location: Any = None) -> Any:
-        """Read one file to the host without running anything in it; DeepSpeed copies to the device."""
-        return read_tensors(Path(path), allowed=DEEPSPEED_CLASSES)
+        """Read one file to the host without running anything in it."""
+        return read_tensors(Path(path))
 
     def commit(self, info: CheckpointCommitInfo) -> bool:
         """Nothing to commit: the folder is published elsewhere."""
@@ -81,30 +86,37 @@ def file_engine_of(engine: Any) -> Iterator[FileEngine]:
         del engine._copy_recovery_script
 
 
-def write_engine_files(engine: Any, folder: Path, files: FileEngine) -> None:
+def write_engine_files(engine: Any, folder: Path, files: FileEngine, *, topology: Topology) -> None:
     """Let DeepSpeed write its files into `folder`; what failed is in `files.failure`.
 
-    Communicates: DeepSpeed's barriers over the world.
+    A model of one stage gets the layer files of a pipeline, so that whatever reads weights reads one form.
+    Communicates: DeepSpeed's barriers over the world, and under ZeRO-3 an all-gather of every layer over dp.
     """
     try:
-        engine.save_checkpoint(str(folder.parent), tag=folder.name, save_latest=False)
+        state = {PARAMETER_GROUPS: _parameter_groups(engine)}
+        engine.save_checkpoint(str(folder.parent), tag=folder.name, client_state=state, save_latest=False)
+        if not isinstance(engine.module, PipelineModule):
+            _write_layers_of_single_stage(engine, folder, files, topology=topology)
     except Exception as error:
         files.failure = files.failure or error
 
 
-def read_engine_files(engine: Any, folder: Path, *, optimizer: bool, module_only: bool) -> None:
-    """Let DeepSpeed read its own files back, into an engine of the same layout.
+def _write_layers_of_single_stage(engine: Any, folder: Path, files: FileEngine, *, topology: Topology) -> None:
+    sharded = bool(engine.zero_optimization_partition_weights())
+    named = sorted(named_parameters(engine.module), key=lambda pair: pair[0].layer)
+    for index, layer in groupby(named, key=lambda pair: pair[0].layer):
+        own = list(layer)
+        with deepspeed.zero.GatheredParameters([parameter for _, parameter in own], enabled=sharded):
+            if topology.dp.is_first:
+                state = {weight.key: parameter for weight, parameter in own}
+                files.save(state, str(folder / layout.layer_file(index, topology.tp.rank)))
 
-    With `module_only` the weights alone are read; without `optimizer` its state stays fresh.
-    Raises: CheckpointError if DeepSpeed found nothing to load, which it reports without an error.
-    """
-    with file_engine_of(engine):
-        path, _ = engine.load_checkpoint(
-            str(folder.parent),
-            tag=folder.name,
-            load_optimizer_states=optimizer and not module_only,
-            load_lr_scheduler_states=False,
-            load_module_only=module_only,
-        )
-    if path is None:
-        raise CheckpointError(f"{folder} holds no engine state for this rank")
+
+def _parameter_groups(engine: Any) -> list[list[str]] | None:
+    """Names of the weights in each group of an optimizer whose own files do not tell; None where they do."""
+    names = {id(parameter): weight.name for weight, parameter in named_parameters(engine.module)}
+    optimizer = engine.optimizer
+    groups: list[Any] | None = getattr(optimizer, "fp16_groups", None)
+    if isinstance(optimizer, torch.optim.Optimizer):
+        groups = [group["params"] for group in optimizer.param_groups]
+    return None if groups is None else [[names[id(parameter)] for parameter in group] for group in groups]

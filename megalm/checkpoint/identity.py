@@ -19,6 +19,7 @@ _NOT_THE_MODEL = {
     "attention_dropout",
     "init_std",
     "vocab_size",
+    "pad_vocab_size_to",
     "make_vocab_size_divisible_by",
 }
 
@@ -97,6 +98,9 @@ def check_same_model(manifest: Manifest, config: Config, *, path: Path) -> None:
         for name, value in current.items()
         if name not in _NOT_THE_MODEL and manifest.model.get(name) != value
     ]
+    rows, needed = config.model.padded_vocab_size, manifest.model.get("vocab_size")
+    if isinstance(needed, int) and rows < needed:
+        differences.append(f"  model.pad_vocab_size_to: {needed} ids in the checkpoint, {rows} rows in this run")
     if differences:
         raise CheckpointError(
             "\n".join([f"{path} was made for another model", *differences, "  give this run the checkpoint's model"])

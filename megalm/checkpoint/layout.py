@@ -74,6 +74,11 @@ def model_file(mp_rank: int) -> str:
     return f"mp_rank_{mp_rank:02d}_model_states.pt"
 
 
+def sharded_model_file(*, dp_rank: int, mp_rank: int) -> str:
+    """Engine state of one rank under ZeRO-3."""
+    return f"zero_pp_rank_{dp_rank}_{model_file(mp_rank)}"
+
+
 def parse_model_file(name: str) -> int | None:
     """mp_rank of an engine-state file's name, or None for any other name."""
     match = _MODEL_FILE.fullmatch(name)

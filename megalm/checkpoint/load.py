@@ -1,20 +1,25 @@
-"""Loading a run's state back into its engine."""
+"""Loading a run's state into an engine, whatever layouts the two have."""
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megalm.checkpoint import layout
 from megalm.checkpoint.agreement import agree
-from megalm.checkpoint.engine_files import read_engine_files
-from megalm.checkpoint.identity import check_same_model
+from megalm.checkpoint.identity import check_same_model, read_config, stored_model
 from megalm.checkpoint.manifest import Manifest, read_manifest
+from megalm.checkpoint.optimizer_files import read_engine_state
+from megalm.checkpoint.restore import Restorer
 from megalm.checkpoint.tensor_files import read_tensors
+from megalm.config.compare import differences
 from megalm.config.root import Config
 from megalm.errors import CheckpointError
+from megalm.models.gpt.shape import gpt_shape
 from megalm.topology.topology import Topology
 
 
@@ -27,7 +32,11 @@ class Loaded:
     state: dict[str, Any]
     """The content of train_state.json."""
     rng: dict[str, Any] | None
-    """This rank's random-number state; None if the checkpoint has none for this layout."""
+    """This rank's random-number state; None if the checkpoint is of another layout."""
+    differences: tuple[str, ...]
+    """What is configured otherwise now than when the checkpoint was written, one sentence each."""
+    drift: dict[str, float]
+    """Replicated weights whose stored copies differ, with the distance from the mean that was loaded."""
 
 
 def load_checkpoint(
@@ -41,23 +50,58 @@ def load_checkpoint(
 ) -> Loaded:
     """Read a checkpoint that `find_checkpoint` has verified into a DeepSpeed engine. All ranks call it together.
 
-    Without `load_optimizer` the optimizer starts fresh from the loaded weights; with `weights_only` so do the
-    engine's own step counters (--finetune).
+    The checkpoint may be of any tp, pp, dp, ZeRO stage, dtype and vocabulary padding. Without `load_optimizer` the
+    optimizer starts fresh from the loaded weights; with `weights_only` so do the engine's step counters (--finetune).
 
-    Communicates: DeepSpeed's synchronisation of tied weights, and all-gathers of small objects over the world.
-    Raises: CheckpointError, the same on every rank, if the checkpoint is of another model or layout, or unreadable.
+    Communicates: two all-gathers of small objects over the world; under ZeRO-3, an all-gather of small parameters.
+    Raises: CheckpointError, the same on every rank, if the checkpoint is of another model, or unreadable.
     """
     path = Path(path)
     manifest = read_manifest(path)
     check_same_model(manifest, config, path=path)
-    _check_same_layout(manifest, config, topology, path=path)
     failure: Exception | None = None
+    drift: dict[str, float] = {}
     try:
-        read_engine_files(engine, path, optimizer=load_optimizer, module_only=weights_only)
+        source = gpt_shape(stored_model(manifest, path=path))
+        restorer = Restorer(engine, path, source, tp=topology.tp, optimizer=load_optimizer and not weights_only)
+        with restoring(engine):
+            restorer.restore()
+        drift = restorer.drift
+        if not weights_only:
+            _restore_counters(engine, path)
     except Exception as error:
         failure = error
     agree(failure, topology.world, doing=f"loading {path}")
-    return Loaded(path=path, manifest=manifest, state=read_train_state(path), rng=_read_rng(path, topology))
+    return Loaded(
+        path=path,
+        manifest=manifest,
+        state=read_train_state(path),
+        rng=_read_rng(path, topology, manifest),
+        differences=_differences(path, config),
+        drift=drift,
+    )
+
+
+@contextlib.contextmanager
+def restoring(engine: Any) -> Iterator[None]:
+    """ZeRO-3 shares out its parameters before a load and gathers the small ones after it."""
+    before = getattr(engine.optimizer, "checkpoint_event_prologue", None)
+    after = getattr(engine.optimizer, "checkpoint_event_epilogue", None)
+    if before is not None:
+        before()
+    try:
+        yield
+    finally:
+        if after is not None:
+            after()
+
+
+def _restore_counters(engine: Any, path: Path) -> None:
+    names = (layout.model_file(0), layout.sharded_model_file(dp_rank=0, mp_rank=0))
+    for name in names:
+        for counter, value in read_engine_state(path / name).items():
+            if counter in ("global_steps", "global_samples", "skipped_steps") and isinstance(value, int):
+                setattr(engine, counter, value)
 
 
 def read_train_state(path: Path) -> dict[str, Any]:
@@ -75,22 +119,15 @@ def read_train_state(path: Path) -> dict[str, Any]:
     return state
 
 
-def _check_same_layout(manifest: Manifest, config: Config, topology: Topology, *, path: Path) -> None:
+def _differences(path: Path, config: Config) -> tuple[str, ...]:
+    stored = read_config(path)
+    return () if stored is None else tuple(str(difference) for difference in differences(stored, config))
+
+
+def _read_rng(path: Path, topology: Topology, manifest: Manifest) -> dict[str, Any] | None:
     sizes = topology.layout
-    current = {"tp": sizes.tp, "pp": sizes.pp, "dp": sizes.dp, "zero_stage": config.parallel.zero_stage}
-    stored = {name: manifest.layout.get(name) for name in current}
-    if stored != current:
-        raise CheckpointError(
-            f"{path} was saved with {_words(stored)}, and this run has {_words(current)}\n"
-            "  start this run with the checkpoint's layout"
-        )
-
-
-def _words(layout_sizes: dict[str, Any]) -> str:
-    return ", ".join(f"{name} {value}" for name, value in layout_sizes.items())
-
-
-def _read_rng(path: Path, topology: Topology) -> dict[str, Any] | None:
+    if any(manifest.layout.get(name) != getattr(sizes, name) for name in ("tp", "pp", "dp")):
+        return None
     name = layout.rng_file(tp_rank=topology.tp.rank, pp_rank=topology.pp.rank, dp_rank=topology.dp.rank)
     if not (path / name).is_file():
         return None

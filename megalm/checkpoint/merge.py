@@ -46,7 +46,7 @@ class LayerFiles:
 
     def merge(self, weight: Weight, shards: list[dict[str, Any]]) -> Tensor:
         """One weight out of its layer's shards: concatenated, or the mean of copies that should be equal."""
-        parts = [self._part(weight, state, rank) for rank, state in enumerate(shards)]
+        parts = [self.part(weight, state, rank) for rank, state in enumerate(shards)]
         if weight.partition_dim is not None:
             return parts[0] if len(parts) == 1 else torch.cat(parts, dim=weight.partition_dim)
         if all(torch.equal(parts[0], part) for part in parts[1:]):
@@ -56,7 +56,7 @@ class LayerFiles:
         self.drift[weight.name] = (exact - mean).abs().max().item()
         return mean.to(parts[0].dtype)
 
-    def _part(self, weight: Weight, state: dict[str, Any], rank: int) -> Tensor:
+    def part(self, weight: Weight, state: dict[str, Any], rank: int) -> Tensor:
         file = self.folder / layout.layer_file(weight.layer, rank)
         part = state.get(weight.key)
         if not isinstance(part, Tensor):

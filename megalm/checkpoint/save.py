@@ -29,6 +29,7 @@ from megalm.checkpoint.identity import model_fields
 from megalm.checkpoint.manifest import Manifest
 from megalm.checkpoint.retention import remove_outdated
 from megalm.checkpoint.tensor_files import snapshot, write_tensors
+from megalm.config.deepspeed_json import effective_zero_stage
 from megalm.config.root import Config
 from megalm.config.yaml_file import config_to_yaml
 from megalm.topology.topology import Topology
@@ -111,7 +112,7 @@ def _write_rank_files(
 ) -> list[FileRecord]:
     """Write this rank's files; returns the records of all ranks on every rank."""
     with file_engine_of(engine) as files:
-        write_engine_files(engine, temporary, files)
+        write_engine_files(engine, temporary, files, topology=topology)
     failure, records = files.failure, files.records
     if failure is None:
         try:
@@ -143,7 +144,7 @@ def _describe(config: Config, topology: Topology, *, step: int, records: list[Fi
             "tp": sizes.tp,
             "pp": sizes.pp,
             "dp": sizes.dp,
-            "zero_stage": config.parallel.zero_stage,
+            "zero_stage": effective_zero_stage(config),
             "dtype": config.training.dtype,
         },
         model=model_fields(config),

@@ -1,0 +1,145 @@
+"""A checkpoint of any layout into a running engine of any layout, one weight at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from megalm.checkpoint.engine_optimizer import OptimizerState, ShardedState, optimizer_state_of
+from megalm.checkpoint.merge import LayerFiles
+from megalm.checkpoint.optimizer_files import MASTER, MOMENTS, OptimizerFiles
+from megalm.checkpoint.split import shard
+from megalm.errors import CheckpointError
+from megalm.models.gpt.shape import GPTShape
+from megalm.models.gpt.weights import Weight, named_in_model, named_in_pipeline, weight_table
+from megalm.topology.group import Group
+
+
+def named_parameters(module: nn.Module) -> Iterator[tuple[Weight, nn.Parameter]]:
+    """This rank's parameters with the weights that they are parts of; `module` is a GPT or a GPTPipeline."""
+    shape: GPTShape = module.plan.shape  # type: ignore[assignment]
+    weights = {weight.name: weight for weight in weight_table(shape)}
+    named = named_in_pipeline if hasattr(module, "forward_funcs") else named_in_model
+    for name, parameter in named(module, shape):
+        yield weights[name], parameter
+
+
+class Restorer:
+    """Copies what a checkpoint holds into an engine. Does not communicate.
+
+    Beside its own share a rank holds one whole weight at a time; at an unchanged tensor-parallel size it touches only
+    the bytes that it keeps.
+    """
+
+    def __init__(self, engine: Any, folder: Path, source: GPTShape, *, tp: Group, optimizer: bool) -> None:
+        self._engine = engine
+        self._tp = tp
+        self._layers = LayerFiles(folder, source)
+        self._source = {weight.name: weight for weight in weight_table(source)}
+        self._files = OptimizerFiles(folder, source, tp_size=self._layers.tp_size)
+        self._with_optimizer = optimizer and self._files.exists
+        self._layer: tuple[int, list[dict[str, Any]]] = (-1, [])
+
+    @property
+    def has_optimizer(self) -> bool:
+        """Whether optimizer states are restored."""
+        return self._with_optimizer
+
+    @property
+    def drift(self) -> dict[str, float]:
+        """Replicated weights whose stored copies differ; their mean was loaded."""
+        return self._layers.drift
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Set weights, fp32 masters and, where they are loaded, Adam's moments."""
+        state = optimizer_state_of(self._engine.optimizer)
+        if self._with_optimizer:
+            state.prepare()
+        for weight, parameter in named_parameters(self._engine.module):
+            self._restore_one(weight, parameter, state)
+        state.finish()
+        if self._with_optimizer:
+            self._restore_loss_scaler()
+
+    def _restore_one(self, weight: Weight, parameter: nn.Parameter, state: OptimizerState) -> None:
+        stored = self._source.get(weight.name)
+        if stored is None:
+            raise CheckpointError(f"the checkpoint has no {weight.name}")
+        own_shape = list(weight.shape)
+        if weight.partition_dim is not None:
+            own_shape[weight.partition_dim] //= self._tp.size
+        value = self._value(stored, weight, own_shape, parameter)
+        if not isinstance(state, ShardedState):
+            parameter.copy_(value.view(own_shape))
+        owned = state.owned(parameter)
+        if owned is None:
+            return
+        flat = value.reshape(-1)
+        if not self._with_optimizer:
+            state.put(parameter, MASTER, flat[owned[0] : owned[1]])
+            return
+        pieces = self._files.state(stored, 0 if stored.partition_dim is None else self._source_rank).pieces
+        same = self._same_shards(stored, weight)
+        for key in (MASTER, *MOMENTS):
+            if key not in pieces:
+                part = flat[owned[0] : owned[1]] if key == MASTER else None
+            elif same:
+                part = pieces[key].range(*owned)
+            else:
+                whole = self._fitted(self._files.whole(stored, key), stored, weight, parameter, key)
+                part = shard(weight, whole, tp_rank=self._tp.rank, tp_size=self._tp.size).reshape(-1)[slice(*owned)]
+            if part is not None:
+                state.put(parameter, key, part)
+        step = self._files.state(stored, 0 if stored.partition_dim is None else self._source_rank).step
+        state.put_step(parameter, step)
+
+    @property
+    def _source_rank(self) -> int:
+        """The tensor rank whose shards this rank reads, where shards are the same."""
+        return self._tp.rank if self._tp.size == self._layers.tp_size else 0
+
+    def _same_shards(self, stored: Weight, weight: Weight) -> bool:
+        same_size = stored.partition_dim is None or self._tp.size == self._layers.tp_size
+        return same_size and stored.shape == weight.shape
+
+    def _value(self, stored: Weight, weight: Weight, own_shape: list[int], parameter: nn.Parameter) -> Tensor:
+        """This rank's part of the weight in the best precision that the checkpoint has."""
+        index, shards = self._layer
+        if index != stored.layer:
+            shards = self._layers.read_layer(stored.layer)
+            self._layer = (stored.layer, shards)
+        if self._same_shards(stored, weight) and stored.partition_dim is not None:
+            value = self._layers.part(stored, shards[self._tp.rank], self._tp.rank)
+        else:
+            whole = self._fitted(self._layers.merge(stored, shards), stored, weight, parameter, MASTER)
+            value = shard(weight, whole, tp_rank=self._tp.rank, tp_size=self._tp.size)
+        wider = value.dtype != torch.float32 and parameter.dtype != value.dtype
+        if wider and self._with_optimizer and MASTER in self._files.state(stored, 0).pieces:
+            whole = self._fitted(self._files.whole(stored, MASTER), stored, weight, parameter, MASTER)
+            value = shard(weight, whole, tp_rank=self._tp.rank, tp_size=self._tp.size)
+        return value
+
+    def _fitted(self, whole: Tensor, stored: Weight, weight: Weight, parameter: nn.Parameter, key: str) -> Tensor:
+        """A whole tensor with the rows of this run's vocabulary padding: fewer, or more that are zero."""
+        if stored.shape == weight.shape:
+            return whole
+        rows = weight.shape[0]
+        if stored.shape[1:] != weight.shape[1:] or weight.partition_dim != 0:
+            raise CheckpointError(
+                f"{weight.name} is {list(stored.shape)} in the checkpoint and {list(weight.shape)} here"
+            )
+        if rows <= whole.size(0):
+            return whole[:rows]
+        return torch.cat([whole, whole.new_zeros(rows - whole.size(0), *whole.shape[1:])])
+
+    def _restore_loss_scaler(self) -> None:
+        stored = self._files.loss_scaler()
+        scaler = getattr(self._engine.optimizer, "loss_scaler", None)
+        if stored is not None and scaler is not None:
+            known = vars(scaler)
+            known.update({name: value for name, value in stored.items() if name in known and name != "scale_window"})

@@ -1,0 +1,147 @@
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megalm.checkpoint import layout
+from megalm.errors import CheckpointError
+from tests.support.ranks import run_ranks
+
+pytestmark = pytest.mark.dist
+
+# (processes, tp, pp, ZeRO stage, dtype): every optimizer that DeepSpeed wraps.
+ENGINES = [
+    pytest.param(2, 1, 2, 0, "fp32", id="fp32-pp2"),
+    pytest.param(4, 2, 2, 0, "fp32", id="fp32-tp2-pp2"),
+    pytest.param(4, 1, 2, 1, "fp32", id="fp32-zero1-pp2-dp2"),
+    pytest.param(4, 2, 1, 1, "bf16", id="bf16-zero1-tp2-dp2"),
+    pytest.param(2, 1, 1, 2, "fp32", id="fp32-zero2-dp2"),
+    pytest.param(2, 1, 1, 2, "bf16", id="bf16-zero2-dp2"),
+    pytest.param(2, 1, 1, 3, "fp32", id="fp32-zero3-dp2"),
+    pytest.param(2, 1, 1, 3, "bf16", id="bf16-zero3-dp2"),
+]
+
+
+def save_then_go_on(folder: str, options: dict[str, Any]) -> dict[str, Any]:
+    """Train 3 steps, save, train 3 more; then a fresh run loads and trains the same 3."""
+    from megalm.checkpoint.find import find_checkpoint
+    from megalm.checkpoint.load import load_checkpoint
+    from megalm.checkpoint.save import save_checkpoint
+    from tests.support.training import TinyRun, tiny_config
+
+    config = tiny_config(**options)
+    run = TinyRun(config)
+    run.train(0, 3)
+    save_checkpoint(
+        run.engine.raw,
+        folder,
+        {"step": 3, "consumed_samples": 12},
+        config=config,
+        topology=run.topology,
+        rng=run.streams.state_dict(),
+    )
+    at_save = run.digest()
+    uninterrupted = run.train(3, 6)
+    at_end = run.digest()
+
+    again = TinyRun(config, topology=run.topology)
+    path = find_checkpoint(folder, world=run.topology.world)
+    loaded = load_checkpoint(again.engine.raw, path, config=config, topology=run.topology)
+    assert loaded.rng is not None
+    again.streams.load_state_dict(loaded.rng)
+    return {
+        "state": loaded.state,
+        "differences": loaded.differences,
+        "uninterrupted": uninterrupted,
+        "at_save": at_save,
+        "at_load": again.digest(),
+        "resumed": again.train(3, 6),
+        "at_end": at_end,
+        "resumed_end": again.digest(),
+        "steps": (run.engine.raw.global_steps, again.engine.raw.global_steps),
+    }
+
+
+@pytest.mark.parametrize("world_size, tp, pp, zero_stage, dtype", ENGINES)
+def test_resumed_run_is_bit_identical(
+    tmp_path: Path, world_size: int, tp: int, pp: int, zero_stage: int, dtype: str
+) -> None:
+    options = {"tp": tp, "pp": pp, "zero_stage": zero_stage, "dtype": dtype}
+    for result in run_ranks(save_then_go_on, world_size, str(tmp_path), options):
+        assert result["at_load"] == result["at_save"]
+        assert result["resumed"] == result["uninterrupted"]
+        assert result["resumed_end"] == result["at_end"]
+        assert result["state"] == {"step": 3, "consumed_samples": 12}
+        assert result["differences"] == ()
+        assert result["steps"] == (6, 6)
+    check_files(tmp_path, tp=tp, pp=pp, dp=world_size // (tp * pp), zero_stage=zero_stage, dtype=dtype)
+
+
+def check_files(folder: Path, *, tp: int, pp: int, dp: int, zero_stage: int, dtype: str) -> None:
+    """The names on the disk are those of layout.py, and nothing else is left over."""
+    assert (folder / layout.LATEST).read_text() == "global_step3"
+    assert sorted(os.listdir(folder)) == ["global_step3", "latest"]
+    expected = {layout.TRAIN_STATE, layout.CONFIG, layout.MANIFEST}
+    layers = [layout.EMBEDDING_INDEX, layout.block_index(0), layout.block_index(1), layout.final_norm_index(2)]
+    expected |= {layout.layer_file(index, rank) for index in layers for rank in range(tp)}
+    for stage in range(pp):
+        for tensor in range(tp):
+            rank = layout.model_rank(pp_rank=stage, tp_rank=tensor, tp_size=tp)
+            for data in range(dp):
+                expected.add(layout.rng_file(tp_rank=tensor, pp_rank=stage, dp_rank=data))
+                if zero_stage > 0:
+                    expected.add(layout.optimizer_file(dp_rank=data, mp_rank=rank, bf16=dtype == "bf16"))
+                if zero_stage == 3:
+                    expected.add(layout.sharded_model_file(dp_rank=data, mp_rank=rank))
+            if zero_stage < 3:
+                expected.add(layout.model_file(rank))
+    assert set(os.listdir(folder / "global_step3")) == expected
+
+
+def save_with_a_fault(folder: str, faulty_rank: int, operation: str) -> str:
+    """Save twice, the second time with a disk that fails on one rank; returns the error."""
+    from megalm.checkpoint import durable
+    from megalm.checkpoint.save import save_checkpoint
+    from tests.support.training import TinyRun, tiny_config
+
+    config = tiny_config(tp=1, pp=2, zero_stage=1)
+    run = TinyRun(config)
+    raw, topology = run.engine.raw, run.topology
+    save_checkpoint(raw, folder, {"step": 1}, config=config, topology=topology)
+    original = getattr(durable, operation)
+
+    def fail(*args: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    if topology.world.rank == faulty_rank:
+        setattr(durable, operation, fail)
+    try:
+        save_checkpoint(raw, folder, {"step": 2}, config=config, topology=topology)
+        text = "saved"
+    except CheckpointError as error:
+        text = str(error)
+    setattr(durable, operation, original)
+    save_checkpoint(raw, folder, {"step": 4}, config=config, topology=topology)
+    return text
+
+
+@pytest.mark.parametrize("operation", ["open_new", "write_all", "sync", "sync_folder", "rename"])
+@pytest.mark.parametrize("faulty_rank", [0, 1])
+def test_a_fault_on_one_rank_is_one_error_on_all_and_publishes_nothing(
+    tmp_path: Path, operation: str, faulty_rank: int
+) -> None:
+    from megalm.checkpoint.find import find_checkpoint
+
+    errors = run_ranks(save_with_a_fault, 2, str(tmp_path), faulty_rank, operation)
+    assert errors[0] == errors[1]
+    if faulty_rank == 1 and operation in ("sync_folder", "rename"):
+        assert errors[0] == "saved"  # only the first rank publishes
+        return
+    assert f"rank {faulty_rank}: OSError: [Errno 28] No space left on device" in errors[0]
+    assert "failed on 1 of 2 ranks" in errors[0]
+    assert sorted(os.listdir(tmp_path)) == ["global_step1", "global_step4", "latest"]
+    assert find_checkpoint(tmp_path).name == "global_step4"
+    assert find_checkpoint(tmp_path, step=1).name == "global_step1"
