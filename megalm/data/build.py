@@ -95,10 +95,12 @@ class _Builder:
 
     def add_groups(self, split: str, texts: tuple[str, ...], wanted: int) -> None:
         groups = parse_groups(texts)
-        if split == "train" and len(groups) != 1:
+        if split == "train" and len(groups) > 1:
             raise DataError(f"training takes one weighted group, not {len(groups)}; join them with commas")
         if wanted < 1:
             return
+        if split == "train" and not groups:
+            raise DataError("no training corpus is given\n  pass --train-weighted-split-paths beside the others")
         for group in groups:
             parts = [
                 (member, range_bounds(member, self.indexed(member.prefix).num_sequences)) for member in group.members
