@@ -14,6 +14,7 @@ import sys
 
 from megalm.config.parse import HelpRequested, parse_command_line  # neither torch nor DeepSpeed: --help answers at once
 from megalm.errors import MegalmError
+from megalm.topology.start import report_failure
 
 
 def main(arguments: list[str]) -> int:
@@ -39,6 +40,4 @@ if __name__ == "__main__":
     try:
         sys.exit(main(sys.argv[1:]))
     except MegalmError as error:
-        from megalm.topology.start import report_failure
-
         sys.exit(report_failure(error))

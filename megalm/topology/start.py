@@ -9,10 +9,13 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TYPE_CHECKING
 
 from megalm.errors import MegalmError, TopologyError
 from megalm.topology.layout import Layout
-from megalm.topology.topology import Topology
+
+if TYPE_CHECKING:
+    from megalm.topology.topology import Topology
 
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 SECONDS_TO_SPEAK = 3.0
@@ -49,7 +52,7 @@ class Launch:
 
 
 def device_type() -> str:
-    """"cuda" where torch sees a GPU and DS_ACCELERATOR does not say cpu, otherwise "cpu"."""
+    """ "cuda" where torch sees a GPU and DS_ACCELERATOR does not say cpu, otherwise "cpu"."""
     import torch
 
     return "cuda" if torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR", "cuda") == "cuda" else "cpu"
@@ -63,6 +66,8 @@ def start(launch: Launch, *, tp: int, pp: int, backend: str = "auto", timeout_mi
     """
     layout = Layout.of_world(launch.world_size, tp=tp, pp=pp)
     import torch
+
+    from megalm.topology.topology import Topology
 
     on_gpu = device_type() == "cuda"
     if backend == "auto":

@@ -6,21 +6,20 @@ import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import Any
 
 from torch import nn
 
 from megalm.config.checks import check
 from megalm.config.deepspeed_json import deepspeed_json, effective_zero_stage
 from megalm.config.root import Config
+from megalm.config.show import dry_run_report, notes
 from megalm.data.batches import Batch
 from megalm.data.build import Datasets, build_datasets
 from megalm.data.loader import batch_iterator
 from megalm.data.source import SampleSource
 from megalm.errors import DataError
 from megalm.models.blocks.arrangement import Spread
-from megalm.models.flops import flops_per_token
+from megalm.models.flops import flops_per_token, parameter_count
 from megalm.models.gpt.build import build_model, build_pipeline, choose_kernels, plan_gpt
 from megalm.models.gpt.plan import DocumentRules
 from megalm.parallel.random import RngStreams
@@ -53,6 +52,20 @@ class Plan:
         """Data-parallel replicas."""
         return self.launch.world_size // (self.config.parallel.tp * self.config.parallel.pp)
 
+    def report(self) -> str:
+        """What `--dry-run` prints."""
+        model, seq_length = self.config.model, self.config.data.seq_length
+        batch_size = BatchSize.from_config(self.config.training, dp_size=self.dp_size)
+        training = self.config.training
+        steps = batch_size.steps_for(training.train_samples) if training.train_samples else training.train_iters or 0
+        more = {
+            "steps": f"{steps:,} of {seq_length * batch_size.final:,} tokens",
+            "parameters": f"{parameter_count(model, seq_length=seq_length):,}",
+            "vocabulary": f"{model.padded_vocab_size:,} rows for {model.vocab_size:,} tokens of {self.tokenizer.name}",
+            "operations": f"{flops_per_token(model, seq_length=seq_length):.3e} a token, forward and backward",
+        }
+        return dry_run_report(self.config, world_size=self.launch.world_size, more=more)
+
 
 def prepare(config: Config) -> Plan:
     """Everything that one process can find out alone.
@@ -61,7 +74,7 @@ def prepare(config: Config) -> Plan:
     """
     launch = Launch.from_environment()
     tokenizer = build_tokenizer(config.data, vocab_size=config.model.vocab_size)
-    if config.model.vocab_size is None:
+    if config.model.vocab_size is None or config.data.tokenizer_type == "NullTokenizer":
         config = config.with_vocab_size(tokenizer.vocab_size)
     check(config, world_size=launch.world_size, device_type=device_type(), vocab_size=tokenizer.vocab_size)
     return Plan(config, launch, tokenizer)
@@ -90,13 +103,13 @@ def build(plan: Plan, topology: Topology) -> Run:
     """
     config = plan.config
     console = Console(topology.world.is_first, config.output.log_level)
+    for line in notes(config):
+        console.info(line)
     batch_size = BatchSize.from_config(config.training, dp_size=topology.dp.size)
     datasets = together(topology, partial(_open_datasets, plan, batch_size))
     for line in datasets.report:
         console.info(line)
-    streams = RngStreams(
-        config.training.seed, tp=topology.tp, pp=topology.pp, dp=topology.dp, device=topology.device
-    )
+    streams = RngStreams(config.training.seed, tp=topology.tp, pp=topology.pp, dp=topology.dp, device=topology.device)
     module = _build_module(plan, topology, streams, console)
     engine = _build_engine(config, module, topology)
     saver = Saver(config, topology, engine, streams, console)
@@ -162,7 +175,7 @@ def _build_module(plan: Plan, topology: Topology, streams: RngStreams, console: 
 
 
 def _build_engine(config: Config, module: nn.Module, topology: Topology) -> Engine:
-    """DeepSpeed clips where it keeps fp32 masters or shards; in plain fp32 the optimizer does (see `optimizer.AdamW`)."""
+    """DeepSpeed clips where it keeps fp32 masters or shards; in plain fp32 `optimizer.AdamW` does."""
     engine_clips = effective_zero_stage(config) > 0 or config.training.dtype != "fp32"
     optimizer = build_optimizer(module, config.training, topology=topology, engine_clips=engine_clips)
     settings = deepspeed_json(config, dp_size=topology.dp.size)
@@ -219,17 +232,32 @@ def _feed(
         dp_rank=topology.dp.rank,
         dp_size=topology.dp.size,
         num_workers=workers,
-        eod_id=plan.tokenizer.eod_id if data.eod_mask_loss else None,
+        eod_id=_end_of_document(plan) if data.eod_mask_loss else None,
         eod_mask_loss=data.eod_mask_loss,
     )
 
 
 def _document_rules(plan: Plan) -> DocumentRules | None:
+    """What ends with a document; the model finds the ends itself, in the tokens.
+
+    Raises: DataError if the tokenizer has no token that ends a document.
+    """
     data = plan.config.data
     if not (data.reset_position_ids or data.reset_attention_mask):
         return None
     return DocumentRules(
-        eod_id=plan.tokenizer.eod_id,
+        eod_id=_end_of_document(plan),
         reset_positions=data.reset_position_ids,
         reset_attention=data.reset_attention_mask,
     )
+
+
+def _end_of_document(plan: Plan) -> int:
+    eod_id = plan.tokenizer.eod_id
+    if eod_id is None:
+        raise DataError(
+            f"{plan.tokenizer.name} names no token that ends a document\n"
+            "  --eod-mask-loss, --reset-position-ids and --reset-attention-mask need one: set eos_token in the "
+            "tokenizer's folder"
+        )
+    return eod_id

@@ -124,6 +124,7 @@ def step(run: Run) -> StepMetrics:
         eta_seconds=(run.total_steps - state.step) * seconds / len(run.recent),
         loss_scale=result.loss_scale,
         skipped=result.skipped,
+        global_batch_size=batch_size,
     )
 
 

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
+from megalm.checkpoint import layout
 from megalm.checkpoint.find import find_checkpoint
 from megalm.checkpoint.load import load_checkpoint
 from megalm.checkpoint.save import save_checkpoint
+from megalm.config.compare import differences
 from megalm.config.output import OutputConfig
 from megalm.config.root import Config
-from megalm.errors import CheckpointError
+from megalm.config.yaml_file import config_from_yaml
+from megalm.errors import CheckpointError, ConfigError
 from megalm.parallel.random import RngStreams
 from megalm.telemetry.console import Console
 from megalm.topology.topology import Topology
@@ -71,6 +75,7 @@ class Saver:
                 raise
             self.console.warning(f"{error}\n  --allow-fresh-start was given: starting from step 0")
             return TrainState()
+        self._compare(path)
         loaded = load_checkpoint(
             self.engine.raw,
             path,
@@ -85,6 +90,25 @@ class Saver:
         self.saved_step = state.step if output.save is not None and output.save == output.load else -1
         self.console.info(f"continuing from {path}: step {state.step}, {state.consumed_samples} samples consumed")
         return state
+
+    def _compare(self, path: Path) -> None:
+        """Log what differs from the configuration that the checkpoint was saved with.
+
+        Raises: ConfigError if the learning rate would follow another course and nobody asked for that.
+        """
+        output = self.config.output
+        stored = config_from_yaml((path / layout.CONFIG).read_text(encoding="utf-8"))
+        found = differences(stored, self.config)
+        for difference in found:
+            self.console.info(f"changed since {path.name}: {difference}")
+        changed = [difference for difference in found if difference.changes_schedule]
+        if changed and not (output.override_lr_schedule or output.finetune or output.reset_progress):
+            lines = "\n".join(f"  {difference}" for difference in changed)
+            raise ConfigError(
+                f"the learning rate would not follow the schedule that {path} was trained with\n{lines}\n"
+                "  give the stored values (a longer run keeps its schedule with --lr-decay-iters or "
+                "--lr-decay-samples), or pass --override-lr-scheduler"
+            )
 
 
 def _progress(stored: dict[str, object], output: OutputConfig) -> TrainState:

@@ -6,19 +6,40 @@ from pathlib import Path
 
 from megalm.config.root import Config
 from megalm.telemetry.console import Console
-from megalm.telemetry.metrics import Sink
+from megalm.telemetry.metrics import ConsoleSink, JsonlSink, Sink, TensorBoardSink, WandbSink
 from megalm.topology.topology import Topology
+
+
+def metrics_file(config: Config) -> Path | None:
+    """The JSON-lines file of this run; none without --metrics-path and --save."""
+    output = config.output
+    if output.metrics_path is not None:
+        return Path(output.metrics_path)
+    return None if output.save is None else Path(output.save) / "metrics.jsonl"
 
 
 def open_sinks(config: Config, topology: Topology, console: Console, *, resumed_step: int) -> list[Sink]:
     """The console, and every record that was asked for; the first rank alone has any.
 
-    Raises: ConfigError if a file or folder cannot be written.
+    Raises: ConfigError if a file or folder cannot be written, or a package that was asked for is missing.
     """
     if not topology.world.is_first:
         return []
-    from megalm.telemetry.metrics import ConsoleSink, JsonlSink
-
     output = config.output
     sinks: list[Sink] = [ConsoleSink(console, log_interval=output.log_interval)]
+    path = metrics_file(config)
+    if path is not None:
+        sinks.append(JsonlSink(path, resume_step=resumed_step))
+    if output.tensorboard_dir is not None:
+        sinks.append(TensorBoardSink(output.tensorboard_dir, output.tensorboard_queue_size))
+    if output.wandb_project is not None:
+        sinks.append(
+            WandbSink(
+                output.wandb_project,
+                output.wandb_name,
+                mode=output.wandb_mode,
+                folder=output.wandb_dir or output.save or ".",
+                config=config.values(),
+            )
+        )
     return sinks
