@@ -144,7 +144,7 @@ class _Scanner:
             offset, line = self.start.offset, self.start.line
             held = _Held(self.source, self.scratch)
             while True:
-                piece = self._read(file, offset + held.size, line)
+                piece = self._read(file, offset + held.size, line, limit=min(PIECE, self.block_bytes))
                 cut = piece.rfind(b"\n") + 1
                 if piece and (cut == 0 or held.size + cut < self.block_bytes):
                     held.add(piece)
@@ -178,7 +178,7 @@ class _Scanner:
                 raise DataError(f"{self.source.path} ends before byte {size}, where the work was to go on")
             left -= len(piece)
 
-    def _read(self, file: IO[bytes], offset: int, line: int, *, limit: int = PIECE) -> bytes:
+    def _read(self, file: IO[bytes], offset: int, line: int, *, limit: int) -> bytes:
         try:
             return file.read(limit)
         except (EOFError, OSError, zlib.error, ValueError) as error:

@@ -1,0 +1,258 @@
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import multiprocessing
+import os
+import random
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megalm.data.documents import blocks, find_sources
+from megalm.data.encoding import Recipe
+from megalm.data.preprocess import Job, Progress, preprocess
+from megalm.errors import DataError
+from tests.support.token_files import read_by_description
+
+EOD = 256
+
+
+def recipe(**change: object) -> Recipe:
+    fields: dict = {
+        "encode": lambda text: list(text.encode()),
+        "vocab_size": 257,
+        "dtype": np.dtype("u2"),
+        "eod_id": EOD,
+    }
+    return Recipe(**{**fields, **change})
+
+
+def run(inputs: list[Path], output: Path, **change: object) -> Progress:
+    fields: dict = {"workers": 0, "recipe": recipe(), **change}
+    return preprocess(Job(find_sources([str(path) for path in inputs]), str(output), **fields))
+
+
+def corpus_bytes(output: Path) -> tuple[bytes, bytes]:
+    return Path(f"{output}_text_document.bin").read_bytes(), Path(f"{output}_text_document.idx").read_bytes()
+
+
+def write_lines(path: Path, texts: list[str]) -> Path:
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return path
+
+
+@pytest.fixture
+def texts() -> list[str]:
+    draw = random.Random(0)
+    return ["".join(draw.choices("abc äé\n", k=draw.randrange(60))) for _ in range(300)]
+
+
+def test_corpus_holds_every_document_with_its_end(tmp_path: Path, texts: list[str]) -> None:
+    done = run([write_lines(tmp_path / "a.jsonl", texts)], tmp_path / "out")
+    assert read_by_description(tmp_path / "out_text_document") == [[[*text.encode(), EOD]] for text in texts if text]
+    assert (done.documents, done.empty) == (300, texts.count(""))
+
+
+@pytest.mark.parametrize("block_bytes", [1, 100, 1 << 20])
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_bytes_do_not_depend_on_workers_or_blocks(
+    tmp_path: Path, texts: list[str], workers: int, block_bytes: int
+) -> None:
+    source = write_lines(tmp_path / "a.jsonl", texts[:80])
+    run([source], tmp_path / "plain")
+    run([source], tmp_path / "out", workers=workers, block_bytes=block_bytes)
+    assert corpus_bytes(tmp_path / "out") == corpus_bytes(tmp_path / "plain")
+
+
+@given(st.binary(max_size=400), st.integers(1, 50))
+@settings(max_examples=80, deadline=None)
+def test_blocks_cut_any_bytes_at_line_feeds_only(
+    tmp_path_factory: pytest.TempPathFactory, content: bytes, block_bytes: int
+) -> None:
+    path = tmp_path_factory.mktemp("b") / "a.txt"
+    path.write_bytes(content)
+    found = list(blocks(find_sources([str(path)]), block_bytes=block_bytes))
+    parts = [block.read() for block in found]
+    assert b"".join(parts) == content
+    assert all(part.endswith(b"\n") for part in parts[:-1])
+    assert [block.offset for block in found] == [sum(map(len, parts[:i])) for i in range(len(parts))]
+    assert [block.first_line for block in found] == [1 + content[: b.offset].count(b"\n") for b in found]
+
+
+def test_compressed_input_gives_the_same_bytes(tmp_path: Path, texts: list[str]) -> None:
+    source = write_lines(tmp_path / "a.jsonl", texts)
+    with gzip.open(tmp_path / "b.jsonl.gz", "wb") as file:
+        file.write(source.read_bytes())
+    run([source], tmp_path / "plain")
+    run([tmp_path / "b.jsonl.gz"], tmp_path / "out", workers=2, block_bytes=500)
+    assert corpus_bytes(tmp_path / "out") == corpus_bytes(tmp_path / "plain")
+
+
+def test_several_keys_make_a_corpus_each(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"title": "T", "text": "ab"}\n{"title": "", "text": "c"}\n')
+    run([tmp_path / "a.jsonl"], tmp_path / "out", recipe=recipe(keys=("text", "title")))
+    assert read_by_description(tmp_path / "out_text_document") == [[[97, 98, EOD]], [[99, EOD]]]
+    assert read_by_description(tmp_path / "out_title_document") == [[[84, EOD]]]
+
+
+def test_sentences_become_sequences_of_one_document(tmp_path: Path) -> None:
+    source = write_lines(tmp_path / "a.jsonl", ["ab. c.", "", "d"])
+    run([source], tmp_path / "out", recipe=recipe(split_sentences=lambda text: text.split(" ")))
+    assert read_by_description(tmp_path / "out_text_sentence") == [[[97, 98, 46], [99, 46, EOD]], [[100, EOD]]]
+
+
+def test_sidecar_describes_sources_tokenizer_and_files(tmp_path: Path, texts: list[str]) -> None:
+    source = write_lines(tmp_path / "a.jsonl", texts)
+    run([source], tmp_path / "out", about={"tokenizer": {"digest": "d"}})
+    sidecar = json.loads((tmp_path / "out_text_document.meta.json").read_text())
+    for suffix, found in sidecar["files"].items():
+        raw = (tmp_path / f"out_text_document.{suffix}").read_bytes()
+        assert found == {"bytes": len(raw), "sha256": hashlib.sha256(raw).hexdigest()}
+    raw = source.read_bytes()
+    assert sidecar["sources"] == [{"path": str(source), "bytes": len(raw), "sha256": hashlib.sha256(raw).hexdigest()}]
+    assert sidecar["tokenizer"] == {"digest": "d"}
+    assert sidecar["tokens"] == sum(len(text.encode()) + 1 for text in texts if text)
+
+
+def test_bad_line_stops_with_its_place_and_leaves_nothing(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "ab"}\n{"text": 1}\n')
+    with pytest.raises(DataError, match=r"a.jsonl, line 2, byte 15: key 'text' holds a number"):
+        run([tmp_path / "a.jsonl"], tmp_path / "out", workers=2)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
+
+
+def test_skipped_lines_are_counted_and_listed(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "ab"}\n{"text": 1}\n\n{"text": "c"}\n')
+    done = run([tmp_path / "a.jsonl"], tmp_path / "out", skip_bad_lines=True, block_bytes=1)
+    assert read_by_description(tmp_path / "out_text_document") == [[[97, 98, EOD]], [[99, EOD]]]
+    listed = [json.loads(line) for line in (tmp_path / "out.bad_lines.jsonl").read_text().splitlines()]
+    assert [(entry["line"], entry["byte"]) for entry in listed] == [(2, 15), (3, 27)]
+    assert done.skipped == 2
+
+
+def test_id_outside_of_the_vocabulary_is_refused(tmp_path: Path) -> None:
+    source = write_lines(tmp_path / "a.jsonl", ["abc"])
+    with pytest.raises(DataError, match="the tokenizer gave id 99, outside of its 98 ids"):
+        run([source], tmp_path / "out", recipe=recipe(vocab_size=98))
+
+
+def test_existing_output_is_refused_before_any_work(tmp_path: Path) -> None:
+    source = write_lines(tmp_path / "a.jsonl", ["abc"])
+    run([source], tmp_path / "out")
+    before = corpus_bytes(tmp_path / "out")
+    with pytest.raises(DataError, match="exists already"):
+        run([source], tmp_path / "out")
+    assert corpus_bytes(tmp_path / "out") == before
+
+
+def test_too_little_space_is_refused_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = write_lines(tmp_path / "a.jsonl", ["abc" * 100])
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 10})())
+    with pytest.raises(DataError, match="GB free"):
+        run([source], tmp_path / "out")
+
+
+def test_line_that_is_too_long_is_named(tmp_path: Path) -> None:
+    source = write_lines(tmp_path / "a.jsonl", ["ok", "x" * 3_000_000])
+    with pytest.raises(DataError, match=r"a.jsonl, line 2, byte 15: .*longer than 1000000 bytes"):
+        run([source], tmp_path / "out", max_line_bytes=1_000_000)
+
+
+def test_input_that_is_missing_or_unknown_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.pdf").write_text("")
+    (tmp_path / "empty").mkdir()
+    for path, message in (
+        ("nothing.jsonl", "no input file"),
+        ("a.pdf", "no suffix that says"),
+        ("empty", "no input file"),
+    ):
+        with pytest.raises(DataError, match=message):
+            find_sources([str(tmp_path / path)])
+    write_lines(tmp_path / "a.jsonl", ["a"])
+    with pytest.raises(DataError, match="given twice"):
+        find_sources([str(tmp_path / "a.jsonl")] * 2)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda raw: raw[: len(raw) // 2],
+        lambda raw: raw[:-4],
+        lambda raw: raw[:1000] + bytes([raw[1000] ^ 1]) + raw[1001:],
+        lambda raw: b"not gzip at all",
+        lambda raw: b"",
+        lambda raw: raw + b"trailing rubbish",
+    ],
+    ids=["cut", "no checksum", "flipped bit", "other file", "empty", "rubbish at the end"],
+)
+def test_each_damage_of_an_archive_is_named(tmp_path: Path, change: Callable[[bytes], bytes]) -> None:
+    line = json.dumps({"text": os.urandom(40_000).hex()}) + "\n"
+    (tmp_path / "a.jsonl.gz").write_bytes(change(gzip.compress(line.encode())))
+    with pytest.raises(DataError, match=r"a\.jsonl\.gz (is damaged after byte|is empty)"):
+        run([tmp_path / "a.jsonl.gz"], tmp_path / "out", skip_bad_lines=True)
+
+
+def slow_recipe() -> Recipe:
+    def encode(text: str) -> list[int]:
+        time.sleep(0.004)
+        return list(text.encode())
+
+    return recipe(encode=encode)
+
+
+def run_slowly(source: Path, output: Path) -> None:
+    run([source], output, recipe=slow_recipe(), workers=2, block_bytes=300, journal_seconds=0.02, resume=True)
+
+
+def test_killed_runs_resume_to_the_same_bytes(tmp_path: Path, texts: list[str]) -> None:
+    source = write_lines(tmp_path / "a.jsonl", texts[:150])
+    run([source], tmp_path / "plain")
+    context = multiprocessing.get_context("fork")
+    draw = random.Random(1)
+    kills = 0
+    for _ in range(40):
+        process = context.Process(target=run_slowly, args=(source, tmp_path / "out"))
+        process.start()
+        process.join(0.15 + draw.random() * 0.15)
+        if process.exitcode is not None:
+            break
+        os.kill(process.pid or 0, signal.SIGKILL)
+        process.join()
+        kills += 1
+    else:
+        run_slowly(source, tmp_path / "out")
+    assert kills > 0
+    assert corpus_bytes(tmp_path / "out") == corpus_bytes(tmp_path / "plain")
+    assert not (tmp_path / "out.journal.json").exists()
+
+
+def test_resume_with_another_input_is_refused(tmp_path: Path, texts: list[str]) -> None:
+    source = write_lines(tmp_path / "a.jsonl", [*texts, "x"])
+    with source.open("a") as file:
+        file.write("broken\n")
+    with pytest.raises(DataError, match="not JSON"):
+        run([source], tmp_path / "out", block_bytes=300, journal_seconds=0.0)
+    assert (tmp_path / "out.journal.json").exists()
+    write_lines(source, texts)
+    with pytest.raises(DataError, match="sources changed since"):
+        run([source], tmp_path / "out", resume=True)
+
+
+def test_worker_that_dies_is_reported(tmp_path: Path) -> None:
+    source = write_lines(tmp_path / "a.jsonl", ["abc"] * 50)
+    with pytest.raises(DataError, match="a worker process died with exit code -9"):
+        run(
+            [source],
+            tmp_path / "out",
+            workers=2,
+            recipe=recipe(encode=lambda text: os.kill(os.getpid(), signal.SIGKILL)),
+            block_bytes=100,
+        )
