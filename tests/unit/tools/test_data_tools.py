@@ -82,7 +82,7 @@ def test_sentencepiece_models_are_trained_and_used(work: Path) -> None:
                 "--model-type",
                 kind,
                 "--vocab-size",
-                290,
+                291,
                 "--output",
                 work / f"{kind}.model",
             ),
