@@ -5,14 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from megalm.checkpoint import layout
 from megalm.checkpoint.find import find_checkpoint
+from megalm.checkpoint.identity import read_config
 from megalm.checkpoint.load import load_checkpoint
 from megalm.checkpoint.save import save_checkpoint
 from megalm.config.compare import differences
 from megalm.config.output import OutputConfig
 from megalm.config.root import Config
-from megalm.config.yaml_file import config_from_yaml
 from megalm.errors import CheckpointError, ConfigError
 from megalm.parallel.random import RngStreams
 from megalm.telemetry.console import Console
@@ -97,7 +96,10 @@ class Saver:
         Raises: ConfigError if the learning rate would follow another course and nobody asked for that.
         """
         output = self.config.output
-        stored = config_from_yaml((path / layout.CONFIG).read_text(encoding="utf-8"))
+        stored = read_config(path)
+        if stored is None:
+            self.console.warning(f"{path} does not say how it was trained: the schedule of this run is followed")
+            return
         found = differences(stored, self.config)
         for difference in found:
             self.console.info(f"changed since {path.name}: {difference}")
