@@ -34,7 +34,8 @@ class RngStreams:
         default = derived_seed(seed, "default", pp.rank, dp.rank)
         torch.default_generator.manual_seed(default)
         if device.type == "cuda":
-            torch.cuda.default_generators[self._index()].manual_seed(default)
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(default)
         tensor = torch.Generator(device).manual_seed(derived_seed(seed, "tensor", pp.rank, dp.rank, tp.rank))
         self._tensor_state = tensor.get_state()
 
@@ -76,9 +77,6 @@ class RngStreams:
         self._tensor_state = state["tensor_parallel"].clone()
         if self._device.type == "cuda":
             self._set(state["device"])
-
-    def _index(self) -> int:
-        return torch.cuda.current_device() if self._device.index is None else self._device.index
 
     def _get(self) -> Tensor:
         return torch.get_rng_state() if self._device.type == "cpu" else torch.cuda.get_rng_state(self._device)

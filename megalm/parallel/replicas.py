@@ -16,14 +16,16 @@ _CHUNK = 2**22
 _INTEGER = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def replica_difference(parameters: Iterable[tuple[str, nn.Parameter]], group: Group) -> list[str]:
-    """Names of the replicated parameters whose bits differ between ranks of `group`; the same list on every rank.
+def replica_difference(
+    parameters: Iterable[tuple[str, nn.Parameter]], group: Group, *, include_sharded: bool = False
+) -> list[str]:
+    """Names of the parameters whose bits differ between ranks of `group`; the same list on every rank.
 
-    Parameters that are cut over tensor-parallel ranks are left out, as those differ by design. Every rank must pass
-    the same names in the same order.
+    Over tensor-parallel ranks, parameters that are cut differ by design and are left out; over data-parallel ranks they
+    are replicas too, and `include_sharded` compares them. Every rank must pass the same names in the same order.
     Communicates: one all-gather of 8 bytes for each parameter over `group`.
     """
-    replicated = [(name, parameter) for name, parameter in parameters if partition_dim(parameter) is None]
+    replicated = [pair for pair in parameters if include_sharded or partition_dim(pair[1]) is None]
     if group.size == 1 or not replicated:
         return []
     ours = torch.stack([bit_checksum(parameter.detach()) for _, parameter in replicated])

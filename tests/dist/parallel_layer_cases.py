@@ -151,7 +151,9 @@ def replica_bits(tp: Group) -> float:
     if tp.is_last:
         parameters[1][1].data.view(torch.int16)[3] ^= 1
     found = replica_difference(parameters, tp)
-    return float(clean != [] or found != (["flipped"] if tp.size > 1 else []))
+    everything = replica_difference(parameters, tp, include_sharded=True)
+    expected = [[], ["flipped"], ["flipped", "sharded"]] if tp.size > 1 else [[], [], []]
+    return float([clean, found, everything] != expected)
 
 
 LAYER_CASES: dict[str, Callable[[Group], float]] = {

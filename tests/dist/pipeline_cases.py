@@ -58,6 +58,24 @@ def _grad(parameter: nn.Parameter) -> torch.Tensor:
     return parameter.grad
 
 
+def train_with_documents(pp: int) -> list[float]:
+    """Losses of three steps through DeepSpeed's engine, with document numbers sent from stage to stage."""
+    import deepspeed
+
+    topology = start(Launch.from_environment(), tp=1, pp=pp, backend="gloo")
+    rules = DocumentRules(eod_id=3, reset_positions=True, reset_attention=True)
+    plan = _plan(small.gpt2(init_std=0.2), rules, topology)
+    pipeline = build_pipeline(plan, layout=topology.layout, partition=PARTITION, seed=6)
+    settings = {"train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 3, "gradient_clipping": 0.0}
+    engine, *_ = deepspeed.initialize(
+        model=pipeline, optimizer=torch.optim.SGD(pipeline.parameters(), lr=0.5), config=settings
+    )
+    generator = torch.Generator().manual_seed(2)
+    tokens = [torch.randint(0, 12, (2, 17), generator=generator) for _ in range(9)]
+    batches = iter([(t[:, :-1], (t[:, 1:], torch.ones(2, 16))) for t in tokens])
+    return [float(engine.train_batch(batches)) for _ in range(3)]
+
+
 class Stage(NamedTuple):
     """What one rank of a pipeline owns."""
 

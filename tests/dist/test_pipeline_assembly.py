@@ -7,7 +7,14 @@ import pytest
 from megalm.models.gpt.plan import DocumentRules
 from megalm.models.gpt.shape import gpt_shape
 from megalm.models.gpt.weights import weight_table
-from tests.dist.pipeline_cases import PARTITION, Comparison, Stage, compare_with_model, describe_stage
+from tests.dist.pipeline_cases import (
+    PARTITION,
+    Comparison,
+    Stage,
+    compare_with_model,
+    describe_stage,
+    train_with_documents,
+)
 from tests.support.ranks import run_ranks
 from tests.unit.models import small
 
@@ -71,6 +78,14 @@ def test_last_stage_holds_the_tied_weight_alone_and_leaves_its_norm_to_the_first
     assert set(first.names) & set(last.names) == {"word_embeddings.weight"}
     table = {weight.name for weight in weight_table(gpt_shape(small.bloom(num_layers=4)))}
     assert set(first.names) | set(last.names) == table
+
+
+def test_documents_apart_train_the_same_on_two_stages_as_on_one() -> None:
+    (alone,) = run_ranks(train_with_documents, 1, 1)
+    for losses in run_ranks(train_with_documents, 2, 2):
+        # The same operations; the tied gradient is summed in another order.
+        assert losses == pytest.approx(alone, rel=1e-6)
+    assert alone[2] < alone[0] - 0.1, "a run that does not learn compares nothing"
 
 
 def test_an_untied_head_has_a_file_and_no_copy() -> None:
