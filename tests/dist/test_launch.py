@@ -1,0 +1,116 @@
+"""The launch scripts: same training under both launchers, no compiler, signals and exit codes passed on."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.support.launching import finish, losses, processes_of_session, program, run, script, start
+from tests.support.tiny_run import write_corpus
+
+pytestmark = [pytest.mark.dist, pytest.mark.slow]
+
+LAYOUT = ["--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2"]
+COMPILERS = (
+    "cc",
+    "c++",
+    "gcc",
+    "g++",
+    "clang",
+    "clang++",
+    "nvcc",
+    "hipcc",
+    "icx",
+    "ninja",
+    "make",
+    "cmake",
+    "ld",
+    "as",
+)
+# What the scripts themselves call, and no more.
+PROGRAMS = ("bash", "env", "dirname", "cat", "grep", "mktemp", "rm", "uname", "sleep", "setsid")
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.fixture(scope="module")
+def reference(corpus: str, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Losses of the run under torchrun."""
+    save = tmp_path_factory.mktemp("torchrun")
+    command = script("torchrun.sh", "--nproc-per-node", "4")
+    ended = run([*command, *program("--data-path", corpus, "--save", str(save), *LAYOUT)])
+    assert ended.code == 0, ended.output
+    return losses(save)
+
+
+def path_without_compilers(folder: Path) -> str:
+    """A PATH of one folder with links to the programs that the scripts call."""
+    folder.mkdir()
+    for name in PROGRAMS:
+        found = shutil.which(name)
+        if found is not None:
+            (folder / name).symlink_to(found)
+    return str(folder)
+
+
+def test_training_under_deepspeed_needs_no_compiler_and_equals_torchrun(
+    corpus: str, reference: list[str], tmp_path: Path
+) -> None:
+    path = path_without_compilers(tmp_path / "bin")
+    assert [name for name in COMPILERS if shutil.which(name, path=path)] == []
+    extensions = tmp_path / "extensions"  # where torch would leave or find compiled operators
+    command = script("deepspeed.sh", "--num_gpus", "4")
+    ended = run(
+        [str(Path(path, "bash")), *command[1:], *program("--data-path", corpus, "--save", str(tmp_path), *LAYOUT)],
+        extra={"PATH": path, "TORCH_EXTENSIONS_DIR": str(extensions), "CC": "", "CXX": "", "CUDA_HOME": ""},
+    )
+    assert ended.code == 0, ended.output
+    assert losses(tmp_path) == reference
+    assert not extensions.exists() or not any(path.suffix == ".so" for path in extensions.rglob("*"))
+
+
+def test_four_processes_reach_the_first_step_within_forty_seconds_of_cpu_time(corpus: str, tmp_path: Path) -> None:
+    command = script("deepspeed.sh", "--num_gpus", "4")
+    flags = program("--data-path", corpus, "--exit-interval", "1", *LAYOUT)
+    ended = run([*command, *flags])
+    assert ended.code == 75, ended.output
+    # 20 s on two cores. Processor time, since the wall clock of a test machine counts its other work too.
+    assert ended.cpu_seconds <= 40
+
+
+def test_a_signal_to_the_script_saves_once_and_leaves_no_process(corpus: str, tmp_path: Path) -> None:
+    layout = ["--tensor-model-parallel-size", "2"]
+    flags = program("--data-path", corpus, "--save", str(tmp_path), *layout, "training.train_iters=1_000_000")
+    process = start([*script("deepspeed.sh", "--num_gpus", "2"), *flags])
+    metrics = tmp_path / "metrics.jsonl"
+    for _ in range(1200):
+        if process.poll() is not None or (metrics.exists() and metrics.stat().st_size > 0):
+            break
+        time.sleep(0.1)
+    os.kill(process.pid, signal.SIGTERM)
+    ended = finish(process)
+    assert ended.code == 75, ended.output
+    assert (tmp_path / "latest").read_text().strip() == f"global_step{len(losses(tmp_path))}"
+    assert processes_of_session(process.pid) == []
+
+
+def test_a_configuration_that_cannot_be_obeyed_exits_with_its_code_and_one_paragraph(corpus: str) -> None:
+    flags = program("--data-path", corpus, "--tensor-model-parallel-size", "3")
+    ended = run([*script("deepspeed.sh", "--num_gpus", "3"), *flags])
+    assert ended.code == 2, ended.output
+    assert ended.output.count("ConfigError") == 1, ended.output
+    assert "Traceback" not in ended.output
+
+
+def test_a_hostfile_that_is_not_there_is_refused_and_not_replaced_by_this_host(tmp_path: Path) -> None:
+    ended = run([*script("deepspeed.sh", "--hostfile", str(tmp_path / "hosts")), "pretrain_gpt.py", "--help"])
+    assert ended.code == 2
+    assert f"{tmp_path}/hosts: there is no such file" in ended.output
