@@ -9,6 +9,7 @@ from typing import Any
 
 from megalm.errors import DataError
 from megalm.tokenizers.files import digest_of, write_json
+from megalm.tokenizers.huggingface import fast_config
 
 
 class SentencePieceTokenizer:
@@ -64,25 +65,20 @@ class SentencePieceTokenizer:
         return text
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Copy the model beside a configuration that names its special pieces."""
+        """Write tokenizer.json with the same ids, and copy the model beside it.
+
+        Raises: DataError if tokenizer.json cannot express the model.
+        """
+        from megalm.tokenizers.sentencepiece_export import to_tokenizers
+
+        converted = to_tokenizers(self.backend)
         target = Path(folder)
         target.mkdir(parents=True, exist_ok=True)
+        converted.save(str(target / "tokenizer.json"))
         if (target / "tokenizer.model").resolve() != self.path.resolve():
             shutil.copyfile(self.path, target / "tokenizer.model")
-        config: dict[str, Any] = {
-            "tokenizer_class": "LlamaTokenizer",
-            "add_bos_token": False,
-            "add_eos_token": False,
-            "legacy": True,
-            "clean_up_tokenization_spaces": False,
-        }
-        marks = {
-            "unk_token": self.backend.unk_id(),
-            "bos_token": self.backend.bos_id(),
-            "eos_token": self.backend.eos_id(),
-        }
-        config.update({name: self.backend.IdToPiece(id) for name, id in marks.items() if id >= 0})
-        write_json(target / "tokenizer_config.json", config)
+        end = self.eod_id
+        write_json(target / "tokenizer_config.json", fast_config(None if end is None else self.backend.IdToPiece(end)))
 
 
 def _model_file(path: Path) -> Path:

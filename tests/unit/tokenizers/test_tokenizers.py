@@ -95,6 +95,19 @@ def test_sentencepiece_keeps_any_text(sentencepiece_file: Path, text: str) -> No
     assert tokenizer.eod_id is not None
 
 
+@pytest.mark.parametrize("text", [*TEXTS[:4], *TEXTS[-20:], *HARD[:5], "  lead", "trail  \n"])
+def test_saved_sentencepiece_gives_the_same_ids_in_transformers(
+    sentencepiece_file: Path, tmp_path: Path, text: str
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    tokenizer = SentencePieceTokenizer(sentencepiece_file)
+    tokenizer.save_pretrained(tmp_path / "hf")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    assert theirs.encode(text) == tokenizer.encode(text)
+    assert theirs.eos_token_id == tokenizer.eod_id
+    assert theirs.decode(theirs.encode(text), clean_up_tokenization_spaces=False) == text
+
+
 def test_null_tokenizer_reads_numbers() -> None:
     tokenizer = NullTokenizer(100)
     assert tokenizer.encode("5 0\n99") == [5, 0, 99]
