@@ -33,7 +33,7 @@ if $fast; then
     corpus_mb=6 first_stop=200 steps=260 eval_interval=100 margin=0.0001
     overrides=(training.eval_iters=10 training.lr_warmup_iters=30)
 else
-    corpus_mb=24 first_stop=1100 steps=1400 eval_interval=100 margin=1.0
+    corpus_mb=24 first_stop=800 steps=1000 eval_interval=100 margin=1.0
     overrides=()
 fi
 

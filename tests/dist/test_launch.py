@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import socket
 import time
 from pathlib import Path
 
@@ -114,3 +115,26 @@ def test_a_hostfile_that_is_not_there_is_refused_and_not_replaced_by_this_host(t
     ended = run([*script("deepspeed.sh", "--hostfile", str(tmp_path / "hosts")), "pretrain_gpt.py", "--help"])
     assert ended.code == 2
     assert f"{tmp_path}/hosts: there is no such file" in ended.output
+
+
+def test_a_slurm_task_joins_the_other_tasks(corpus: str, reference: list[str], tmp_path: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    flags = program("--data-path", corpus, "--save", str(tmp_path), *LAYOUT)
+    tasks = [
+        start(
+            [*script("slurm/task.sh"), *flags],
+            extra={
+                "SLURM_PROCID": str(rank),
+                "SLURM_LOCALID": str(rank),
+                "SLURM_NTASKS": "4",
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": port,
+            },
+        )
+        for rank in range(4)
+    ]
+    ended = [finish(task) for task in tasks]
+    assert [task.code for task in ended] == [0] * 4, "\n".join(task.output for task in ended)
+    assert losses(tmp_path) == reference
