@@ -25,13 +25,17 @@ _NOT_THE_MODEL = {
 
 
 def model_fields(config: Config) -> dict[str, Any]:
-    """What the manifest says about the model: every field, with sizes that are derived when not given resolved."""
-    model = config.model
+    """What the manifest says about the model of a run."""
+    return resolved_fields(config.model, seq_length=config.data.seq_length)
+
+
+def resolved_fields(model: ModelConfig, *, seq_length: int | None) -> dict[str, Any]:
+    """Every field of a model, with sizes that are derived when not given resolved."""
     learned = model.position_embedding == "learned"
     return {
         **asdict(model),
         "ffn_hidden_size": model.ffn_size,
-        "max_position_embeddings": (model.max_position_embeddings or config.data.seq_length) if learned else None,
+        "max_position_embeddings": (model.max_position_embeddings or seq_length) if learned else None,
         "pad_vocab_size_to": model.padded_vocab_size,
     }
 

@@ -1,0 +1,178 @@
+"""A Hugging Face folder as a checkpoint that a run continues from."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import yaml
+from torch import Tensor
+
+from megalm.checkpoint import layout
+from megalm.checkpoint.durable import make_folder, publish_folder, remove_folder, replace_text, write_text
+from megalm.checkpoint.export import DTYPES
+from megalm.checkpoint.foreign import ForeignModel, ForeignWeights, read_foreign_config
+from megalm.checkpoint.huggingface import BLOOM, renamed
+from megalm.checkpoint.identity import resolved_fields
+from megalm.checkpoint.manifest import Manifest
+from megalm.checkpoint.save import versions
+from megalm.checkpoint.split import write_layer_files
+from megalm.config.model import ModelConfig
+from megalm.errors import CheckpointError
+from megalm.models.gpt.shape import GPTShape, gpt_shape
+from megalm.models.gpt.weights import Weight, weight_table
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+)
+# GPT-2's causal masks, which old folders store as if they were weights.
+_BUFFERS = re.compile(r"h\.\d+\.attn\.(masked_)?bias")
+
+Progress = Callable[[str, int, int], None]
+"""Called with a weight's name, its number, and how many there are."""
+
+
+@dataclass(frozen=True)
+class Import:
+    """What an import wrote."""
+
+    path: Path
+    family: str
+    model: ModelConfig
+    num_parameters: int
+    preset: Path
+    """A YAML preset of the model, for `--config`."""
+
+
+def import_folder(
+    source: Path,
+    destination: Path,
+    *,
+    tp_size: int = 1,
+    pp_size: int = 1,
+    dtype: str | None = None,
+    progress: Progress | None = None,
+) -> Import:
+    """Write `destination/global_step0` with the weights of a Bloom or GPT-2 folder. Holds one layer in memory.
+
+    `dtype` is fp32, bf16 or fp16; the folder's own when not given. The checkpoint has no optimizer state, and loads at
+    any layout, whatever the sizes here.
+    Raises: CheckpointError if the folder cannot be expressed, is damaged, or the destination has a checkpoint.
+    """
+    foreign = read_foreign_config(source)
+    weights = ForeignWeights(source)
+    foreign = _with_head(foreign, weights)
+    shape = gpt_shape(foreign.model)
+    _check_names(source, weights, shape, family=foreign.family)
+    _check_divisible(foreign.model, tp_size=tp_size)
+    final = destination / layout.step_folder(0)
+    if destination.exists() and any(destination.iterdir()):
+        raise CheckpointError(f"{destination} is not empty, and nothing is overwritten\n  give another folder")
+    temporary = destination / layout.temporary_folder(0)
+    make_folder(temporary)
+    try:
+        chosen = dtype or foreign.dtype
+        converted = _converted(weights, shape, family=foreign.family, dtype=chosen, progress=progress)
+        records = write_layer_files(temporary, converted, tp_size=tp_size)
+        state = {"step": 0, "consumed_samples": 0, "consumed_tokens": 0, "skipped_steps": 0}
+        records.append(write_text(temporary / layout.TRAIN_STATE, json.dumps(state, indent=1) + "\n"))
+        manifest = Manifest(
+            step=0,
+            layout={"tp": tp_size, "pp": pp_size, "dp": 1, "zero_stage": 0, "dtype": chosen or "stored"},
+            model=resolved_fields(foreign.model, seq_length=foreign.seq_length),
+            versions=versions(),
+            files=tuple(sorted(records, key=lambda record: record.name)),
+        )
+        write_text(temporary / layout.MANIFEST, manifest.to_json())
+        preset = _write_preset(source, destination, foreign)
+        publish_folder(temporary, final, replaced=destination / layout.replaced_folder(0))
+        replace_text(destination / layout.LATEST, final.name)
+    except BaseException:
+        remove_folder(temporary)
+        raise
+    count = sum(weight.numel for weight in weight_table(shape))
+    return Import(final, foreign.family, foreign.model, count, preset)
+
+
+def _with_head(foreign: ForeignModel, weights: ForeignWeights) -> ForeignModel:
+    """Whether the head is tied is what the tensors say, not what the configuration claims."""
+    if "lm_head.weight" not in weights.names():
+        return replace(foreign, model=replace(foreign.model, tie_embeddings=True))
+    embedding = "word_embeddings.weight" if foreign.family == BLOOM else "wte.weight"
+    tied = torch.equal(weights.read("lm_head.weight"), weights.read(embedding))
+    if not tied and foreign.family == BLOOM:
+        raise CheckpointError(f"{weights.folder}: lm_head.weight differs from the word embedding, which no Bloom has")
+    return replace(foreign, model=replace(foreign.model, tie_embeddings=tied))
+
+
+def _check_names(source: Path, weights: ForeignWeights, shape: GPTShape, *, family: str) -> None:
+    expected = {
+        renamed(weight, shape, family=family).name.removeprefix("transformer.") for weight in weight_table(shape)
+    }
+    found = {name for name in weights.names() if not _BUFFERS.fullmatch(name)} - {"lm_head.weight"}
+    missing, left_over = sorted(expected - found - {"lm_head.weight"}), sorted(found - expected)
+    if missing or left_over:
+        raise CheckpointError(
+            f"{source} does not hold the weights of its config.json\n"
+            f"  missing: {', '.join(missing[:5]) or 'none'}; not known: {', '.join(left_over[:5]) or 'none'}"
+        )
+
+
+def _check_divisible(model: ModelConfig, *, tp_size: int) -> None:
+    sizes = {"num_heads": model.num_heads, "ffn": model.ffn_size, "vocabulary": model.padded_vocab_size}
+    for name, size in sizes.items():
+        if tp_size < 1 or size % tp_size != 0:
+            raise CheckpointError(
+                f"--tensor-model-parallel-size {tp_size} must divide the model's {name} = {size}\n"
+                "  1 always fits; the run that loads the result may use another size"
+            )
+
+
+def _converted(
+    weights: ForeignWeights, shape: GPTShape, *, family: str, dtype: str | None, progress: Progress | None
+) -> Iterator[tuple[Weight, Tensor]]:
+    table = weight_table(shape)
+    for number, weight in enumerate(table, start=1):
+        form = renamed(weight, shape, family=family)
+        tensor = weights.read(form.name.removeprefix("transformer."))
+        if tuple(tensor.shape) != form.shape or not tensor.is_floating_point():
+            raise CheckpointError(
+                f"{weights.folder}: {form.name} is {tensor.dtype} of shape {list(tensor.shape)}; "
+                f"config.json makes it {list(form.shape)}"
+            )
+        own = form.from_hf(tensor)
+        yield weight, own if dtype is None else own.to(DTYPES[dtype])
+        if progress is not None:
+            progress(weight.name, number, len(table))
+
+
+def _write_preset(source: Path, destination: Path, foreign: ForeignModel) -> Path:
+    """Write model.yaml, and the tokenizer's files to `tokenizer/`."""
+    tokenizer = destination / "tokenizer"
+    for name in TOKENIZER_FILES:
+        if (source / name).is_file():
+            make_folder(tokenizer)
+            shutil.copyfile(source / name, tokenizer / name)
+    fields = resolved_fields(foreign.model, seq_length=foreign.seq_length)
+    content: dict[str, dict[str, object]] = {"model": {k: v for k, v in fields.items() if v is not None}}
+    data: dict[str, object] = {}
+    if foreign.seq_length is not None:
+        data["seq_length"] = foreign.seq_length
+    if tokenizer.is_dir():
+        data["tokenizer_path"] = str(tokenizer.resolve())
+    if data:
+        content["data"] = data
+    path = destination / "model.yaml"
+    write_text(path, "# The imported model: give this file to --config.\n" + yaml.safe_dump(content, sort_keys=False))
+    return path

@@ -1,0 +1,216 @@
+from __future__ import annotations
+
+import json
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megalm.checkpoint.export import export_checkpoint
+from megalm.checkpoint.find import find_checkpoint
+from megalm.checkpoint.importing import import_folder
+from megalm.checkpoint.standalone import load_model
+from megalm.config.model import ModelConfig
+from megalm.errors import CheckpointError
+
+transformers = pytest.importorskip("transformers")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def bloom(num_heads: int = 4, vocab_size: int = 48, *, seed: int = 0, **fields: Any) -> Any:
+    config = transformers.BloomConfig(
+        hidden_size=8 * num_heads, n_layer=2, n_head=num_heads, vocab_size=vocab_size, **fields
+    )
+    return randomised(transformers.BloomForCausalLM(config), seed)
+
+
+def gpt2(num_heads: int = 4, vocab_size: int = 48, *, seed: int = 0, **fields: Any) -> Any:
+    config = transformers.GPT2Config(
+        n_embd=8 * num_heads, n_layer=2, n_head=num_heads, n_positions=32, vocab_size=vocab_size, **fields
+    )
+    return randomised(transformers.GPT2LMHeadModel(config), seed)
+
+
+def randomised(model: Any, seed: int) -> Any:
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.2)
+    return model.eval()
+
+
+@pytest.mark.parametrize("make", [bloom, gpt2])
+@pytest.mark.parametrize("num_heads, vocab_size, tp_size", [(4, 48, 2), (6, 50, 1), (12, 100, 4), (16, 37, 1)])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+def test_export_of_import_is_the_model_tensor_for_tensor(
+    tmp_path: Path, make: Any, num_heads: int, vocab_size: int, tp_size: int, dtype: str
+) -> None:
+    original = make(num_heads, vocab_size).to(DTYPES[dtype])
+    original.save_pretrained(tmp_path / "hf")
+    import_folder(tmp_path / "hf", tmp_path / "run", tp_size=tp_size, pp_size=2)
+    export_checkpoint(find_checkpoint(tmp_path / "run"), tmp_path / "back")
+    back = type(original).from_pretrained(tmp_path / "back", dtype="auto")
+    expected, actual = original.state_dict(), back.state_dict()
+    assert expected.keys() == actual.keys()
+    for name, tensor in expected.items():
+        assert tensor.dtype == actual[name].dtype
+        assert torch.equal(tensor, actual[name]), name
+
+
+@pytest.mark.parametrize("make", [bloom, gpt2])
+@torch.no_grad()
+def test_loss_of_an_import_is_that_of_transformers(tmp_path: Path, make: Any) -> None:
+    original = make(6, 50)
+    original.save_pretrained(tmp_path / "hf")
+    import_folder(tmp_path / "hf", tmp_path / "run")
+    own = load_model(find_checkpoint(tmp_path / "run"))
+    tokens = torch.randint(0, 50, (4, 17), generator=torch.Generator().manual_seed(1))
+    theirs = original(tokens, labels=tokens).loss
+    # The mean of 64 fp32 losses of size 1 to 10, summed in another order.
+    torch.testing.assert_close(own(tokens[:, :-1], labels=tokens[:, 1:]), theirs, rtol=1e-6, atol=0)
+
+
+def test_an_untied_gpt2_keeps_its_head(tmp_path: Path) -> None:
+    original = gpt2(tie_word_embeddings=False, activation_function="gelu", n_inner=40)
+    original.save_pretrained(tmp_path / "hf")
+    assert not import_folder(tmp_path / "hf", tmp_path / "run").model.tie_embeddings
+    export_checkpoint(find_checkpoint(tmp_path / "run"), tmp_path / "back")
+    back = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "back")
+    assert torch.equal(back.lm_head.weight, original.lm_head.weight)
+
+
+def test_shards_and_a_headless_model_are_read(tmp_path: Path) -> None:
+    original = bloom()
+    original.transformer.save_pretrained(tmp_path / "hf", max_shard_size="20KB")
+    assert (tmp_path / "hf" / "model.safetensors.index.json").is_file()
+    import_folder(tmp_path / "hf", tmp_path / "run")
+    own = dict(load_model(find_checkpoint(tmp_path / "run")).named_parameters())
+    assert torch.equal(own["h.1.mlp.dense_h_to_4h.weight"], original.transformer.h[1].mlp.dense_h_to_4h.weight)
+
+
+def test_bin_files_are_read_as_weights_alone(tmp_path: Path) -> None:
+    original = bloom()
+    folder = tmp_path / "hf"
+    original.config.save_pretrained(folder)
+    torch.save(original.state_dict(), folder / "pytorch_model.bin")
+    import_folder(folder, tmp_path / "run")
+    assert find_checkpoint(tmp_path / "run").name == "global_step0"
+
+
+def test_the_preset_describes_the_model(tmp_path: Path) -> None:
+    from megalm.config.parse import parse_command_line
+
+    gpt2(6, 50).save_pretrained(tmp_path / "hf")
+    (tmp_path / "hf" / "tokenizer.json").write_text("{}")
+    result = import_folder(tmp_path / "hf", tmp_path / "run", dtype="bf16")
+    config = parse_command_line(
+        ["--config", str(result.preset), "--micro-batch-size", "1", "--lr", "1e-3", "--train-iters", "1"]
+        + ["--data-path", "x"]
+    )
+    assert isinstance(config.model, ModelConfig)
+    assert (config.model.num_heads, config.model.padded_vocab_size, config.data.seq_length) == (6, 50, 32)
+    assert config.data.tokenizer_path == str(tmp_path / "run" / "tokenizer")
+
+
+class Canary:
+    """Pickles into a call that makes a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, tuple[str]]:
+        return os.mkdir, (str(self.path),)
+
+
+def change_config(folder: Path, **fields: Any) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+
+
+@pytest.mark.parametrize(
+    "fields, words",
+    [
+        ({"auto_map": {"AutoModel": "modeling.Evil"}}, "auto_map"),
+        ({"model_type": "llama"}, "must be bloom or gpt2"),
+        ({"n_layer": 10**9}, "num_layers = 1000000000"),
+        ({"n_layer": -1}, "num_layers"),
+        ({"n_layer": "2"}, "num_layers"),
+        ({"n_layer": True}, "num_layers"),
+        ({"hidden_size": 2**40}, "hidden_size"),
+        ({"hidden_size": 64}, "of shape"),
+        ({"hidden_size": 30}, "must divide"),
+        ({"vocab_size": 10**12}, "padded_vocab_size"),
+        ({"vocab_size": 47}, "of shape"),
+        ({"n_layer": 3}, "missing: h.2"),
+        ({"n_layer": 1}, "not known: h.1"),
+        ({"n_head": 0}, "num_heads"),
+        ({"layer_norm_epsilon": float("nan")}, "small positive"),
+        ({"apply_residual_connection_post_layernorm": True}, "apply_residual"),
+    ],
+)
+def test_a_configuration_that_lies_is_refused_before_anything_is_written(
+    tmp_path: Path, fields: dict[str, Any], words: str
+) -> None:
+    bloom().save_pretrained(tmp_path / "hf")
+    change_config(tmp_path / "hf", **fields)
+    with pytest.raises(CheckpointError, match=words):
+        import_folder(tmp_path / "hf", tmp_path / "run")
+    assert not (tmp_path / "run" / "latest").exists()
+    assert not list(tmp_path.glob("run/global_step*"))
+
+
+@pytest.mark.parametrize("name", ["../model.safetensors", "/etc/passwd", "a/b", "", 7])
+def test_an_index_that_leads_out_of_the_folder_is_refused(tmp_path: Path, name: Any) -> None:
+    bloom().save_pretrained(tmp_path / "hf")
+    (tmp_path / "hf" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": name}}))
+    with pytest.raises(CheckpointError, match="no plain file name"):
+        import_folder(tmp_path / "hf", tmp_path / "run")
+
+
+def test_a_pickle_that_calls_is_refused_and_not_called(tmp_path: Path) -> None:
+    folder = tmp_path / "hf"
+    bloom().config.save_pretrained(folder)
+    state = {**bloom().state_dict(), "transformer.ln_f.bias": Canary(tmp_path / "canary")}
+    for write in (lambda path: torch.save(state, path), lambda path: path.write_bytes(pickle.dumps(state))):
+        write(folder / "pytorch_model.bin")
+        with pytest.raises(CheckpointError):
+            import_folder(folder, tmp_path / "run")
+        assert not (tmp_path / "canary").exists()
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda raw: raw[: len(raw) // 2],
+        lambda raw: b"",
+        lambda raw: (2**62).to_bytes(8, "little") + raw[8:],
+        lambda raw: raw[:8] + b"[" + raw[9:],
+        lambda raw: raw[:8] + raw[8:].replace(b'"shape":[', b'"shape":[9', 1),
+        lambda raw: b"PK\x03\x04" + raw[4:],
+    ],
+    ids=["half", "empty", "long header", "no object", "shape", "zip"],
+)
+def test_a_hostile_safetensors_file_is_refused(tmp_path: Path, spoil: Any) -> None:
+    bloom().save_pretrained(tmp_path / "hf")
+    file = tmp_path / "hf" / "model.safetensors"
+    file.write_bytes(spoil(file.read_bytes()))
+    with pytest.raises(CheckpointError):
+        import_folder(tmp_path / "hf", tmp_path / "run")
+
+
+def test_a_folder_in_use_is_not_touched(tmp_path: Path) -> None:
+    bloom().save_pretrained(tmp_path / "hf")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "precious").write_text("x")
+    with pytest.raises(CheckpointError, match="is not empty"):
+        import_folder(tmp_path / "hf", tmp_path / "run")
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["precious"]
+
+
+def test_a_tensor_parallel_size_that_does_not_divide_is_refused(tmp_path: Path) -> None:
+    bloom(4, 37).save_pretrained(tmp_path / "hf")
+    with pytest.raises(CheckpointError, match="vocabulary = 37"):
+        import_folder(tmp_path / "hf", tmp_path / "run", tp_size=2)
