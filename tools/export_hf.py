@@ -25,6 +25,11 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument(
         "--verify", action="store_true", help="compare logits and a greedy continuation with transformers' first"
     )
+    result.add_argument(
+        "--verify-by-layer",
+        action="store_true",
+        help="compare one layer at a time, as --verify does by itself where two copies of the model do not fit in memory",
+    )
     result.add_argument("--verify-text", help="text to compare on; default: the end of the run's corpus")
     return result
 
@@ -59,7 +64,9 @@ def run(options: argparse.Namespace) -> None:
 
     def prove(export: Export) -> None:
         from megalm.checkpoint.proof import prove_export
+        from megalm.checkpoint.proof_by_layer import fits_in_memory, prove_by_layer
         from megalm.checkpoint.proof_tokens import real_tokens
+        from megalm.models.gpt.weights import weight_table
 
         length = min(config.data.seq_length if config is not None else 128, 256)
         tokens = real_tokens(
@@ -69,6 +76,10 @@ def run(options: argparse.Namespace) -> None:
             length=length,
             text=options.verify_text,
         )
+        num_parameters = sum(weight.numel for weight in weight_table(export.shape))
+        if options.verify_by_layer or not fits_in_memory(num_parameters):
+            print(prove_by_layer(export.folder, checkpoint, tokens=tokens[:1], dtype=export.dtype))
+            return
         vocab_size = tokenizer.vocab_size if tokenizer is not None else export.shape.vocab_rows
         proof = prove_export(export.folder, checkpoint, tokens=tokens, vocab_size=vocab_size, dtype=export.dtype)
         print(proof)
@@ -83,7 +94,7 @@ def run(options: argparse.Namespace) -> None:
         max_shard_bytes=max_shard_bytes,
         save_tokenizer=save_tokenizer if tokenizer is not None else None,
         seq_length=config.data.seq_length if config is not None else None,
-        prove=prove if options.verify else None,
+        prove=prove if options.verify or options.verify_by_layer else None,
         overwrite=options.overwrite,
         progress=show_progress if sys.stderr.isatty() else None,
     )
