@@ -1,0 +1,84 @@
+"""ZeRO and bf16: other owners of the optimizer's state, or other arithmetic, and still the same training."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from tests.dist.test_layouts import RELATIVE, assert_same_training
+from tests.support.ranks import run_ranks
+from tests.support.tiny_run import RankOutcome, train_tiny, write_corpus
+
+pytestmark = pytest.mark.dist
+
+TP2 = ["--tensor-model-parallel-size", "2"]
+PP2 = ["--pipeline-model-parallel-size", "2"]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.fixture(scope="module")
+def reference(corpus: str) -> RankOutcome:
+    (outcome,) = run_ranks(train_tiny, 1, ["--data-path", corpus])
+    return outcome
+
+
+@pytest.mark.parametrize(
+    ("world_size", "flags"),
+    [
+        (4, ["--zero-stage", "1", *PP2]),
+        (4, ["--zero-stage", "1", *TP2, *PP2, "--sequence-parallel"]),
+        (2, ["--zero-stage", "2"]),
+        (4, ["--zero-stage", "2", *TP2]),
+    ],
+    ids=["zero1-pp2-dp2", "zero1-tp2-pp2-sp", "zero2-dp2", "zero2-tp2-dp2"],
+)
+def test_zero_trains_the_model_of_one_process(
+    world_size: int, flags: list[str], corpus: str, reference: RankOutcome
+) -> None:
+    assert_same_training(run_ranks(train_tiny, world_size, ["--data-path", corpus, *flags]), reference)
+
+
+def test_zero3_has_the_losses_of_one_process(corpus: str, reference: RankOutcome) -> None:
+    # The weights are in pieces on all ranks; the losses of 20 steps depend on every one of them.
+    for outcome in run_ranks(train_tiny, 4, ["--data-path", corpus, "--zero-stage", "3", *TP2]):
+        np.testing.assert_allclose(outcome.losses, reference.losses, rtol=RELATIVE)
+        np.testing.assert_allclose(outcome.grad_norms, reference.grad_norms, rtol=10 * RELATIVE)
+
+
+def test_bf16_over_four_ranks_stays_by_fp32(corpus: str, reference: RankOutcome) -> None:
+    outcomes = run_ranks(train_tiny, 4, ["--data-path", corpus, "--bf16", *TP2, *PP2])
+    for outcome in outcomes:
+        # One rounding to bf16 is 2^-9 relative; it passes through a few layers and 20 updates.
+        np.testing.assert_allclose(outcome.losses, reference.losses, rtol=2e-2)
+
+
+def _bf16_masters(flags: list[str]) -> tuple[set[str], set[str], float]:
+    """Types of the weights and of the optimizer's copies after three steps, and how far a master is from its weight."""
+    import torch
+
+    from megalm.config.parse import parse_command_line
+    from megalm.train.build import prepare, running
+    from megalm.train.loop import step
+    from tests.support.tiny_run import MODEL_FLAGS, TRAINING_FLAGS
+
+    with running(prepare(parse_command_line([*MODEL_FLAGS, *TRAINING_FLAGS, *flags]))) as run:
+        for _ in range(3):
+            step(run)
+        optimizer = run.engine.raw.optimizer
+        masters = [p for group in optimizer.param_groups for p in group["params"]]
+        weights = list(run.engine.module.parameters())
+        gradients = {str(p._hp_grad.dtype) for p in weights}
+        finer = max((master - master.bfloat16().float()).abs().max().item() for master in masters)
+        assert {p.dtype for p in weights} == {torch.bfloat16}
+        return {str(p.dtype) for p in masters}, gradients, finer
+
+
+def test_bf16_keeps_fp32_masters_and_accumulates_gradients_in_fp32(corpus: str) -> None:
+    ((masters, gradients, finer),) = run_ranks(_bf16_masters, 1, ["--data-path", corpus, "--bf16"])
+    assert masters == {"torch.float32"}
+    assert gradients == {"torch.float32"}
+    assert finer > 0.0, "masters that equal their bf16 weights would have lost small updates"

@@ -1,0 +1,63 @@
+"""The program on one GPU, in each arithmetic: it learns, scales its loss where it must, and resumes bit for bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.support.launching import ROOT, Ended, finish, program
+from tests.support.tiny_run import write_corpus
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+
+def _run(folder: Path, *flags: str) -> Ended:
+    import subprocess
+
+    environment = {name: value for name, value in os.environ.items() if name not in ("DS_ACCELERATOR", "RANK")}
+    command = [sys.executable, *program("--data-path", write_corpus(folder), "--save", str(folder / "run"), *flags)]
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    return finish(process)
+
+
+def _records(folder: Path) -> list[dict[str, Any]]:
+    lines = (folder / "run" / "metrics.jsonl").read_text().splitlines()
+    return [record for record in map(json.loads, lines) if record["kind"] == "train"]
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+def test_the_loss_falls(dtype: str, tmp_path: Path) -> None:
+    ended = _run(tmp_path, f"training.dtype={dtype}", "training.initial_loss_scale=65536")
+    assert ended.code == 0, ended.output
+    records = _records(tmp_path)
+    assert records[-1]["loss"] < records[0]["loss"] - 0.5
+    assert (records[-1]["loss_scale"] is not None) == (dtype == "fp16")
+
+
+def test_an_overflow_of_fp16_skips_the_update_and_halves_the_scale(tmp_path: Path) -> None:
+    ended = _run(tmp_path, "--fp16", "--hysteresis", "1", "training.initial_loss_scale=4294967296")
+    assert ended.code == 0, ended.output
+    records = _records(tmp_path)
+    assert records[0]["skipped"]
+    assert records[-1]["loss_scale"] < records[0]["loss_scale"]
+    assert not records[-1]["skipped"]
+
+
+def test_a_resumed_run_is_the_uninterrupted_one(tmp_path: Path) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    whole.mkdir()
+    parts.mkdir()
+    flags = ["--bf16", "--hidden-dropout", "0.1", "--attention-dropout", "0.1"]
+    assert _run(whole, *flags).code == 0
+    assert _run(parts, *flags, "--exit-interval", "7").code == 75
+    resumed = _run(parts, *flags, "--load", str(parts / "run"))
+    assert resumed.code == 0, resumed.output
+    assert [r["loss_hex"] for r in _records(parts)] == [r["loss_hex"] for r in _records(whole)]
