@@ -103,7 +103,7 @@ def build(plan: Plan, topology: Topology) -> Run:
     """
     config = plan.config
     console = Console(topology.world.is_first, config.output.log_level)
-    for line in notes(config):
+    for line in (_summary(plan, topology), *notes(config)):
         console.info(line)
     batch_size = BatchSize.from_config(config.training, dp_size=topology.dp.size)
     datasets = together(topology, partial(_open_datasets, plan, batch_size))
@@ -134,6 +134,16 @@ def build(plan: Plan, topology: Topology) -> Run:
         console=console,
         sinks=together(topology, partial(open_sinks, config, topology, console, resumed_step=state.step)),
         flops_per_token=flops_per_token(config.model, seq_length=config.data.seq_length),
+    )
+
+
+def _summary(plan: Plan, topology: Topology) -> str:
+    """What is trained, where, in one line."""
+    config, sizes = plan.config, topology.layout
+    parameters = parameter_count(config.model, seq_length=config.data.seq_length)
+    return (
+        f"{parameters:,} parameters in {config.training.dtype} on {topology.world.size} processes "
+        f"= tp {sizes.tp} x pp {sizes.pp} x dp {sizes.dp} ({topology.device.type})"
     )
 
 

@@ -16,6 +16,7 @@ from megalm.train.engine import Engine
 from megalm.train.evaluation import Evaluator
 from megalm.train.saver import Saver
 from megalm.train.schedule import BatchSize, LearningRate
+from megalm.train.sinks import draw_curve
 from megalm.train.state import TrainState
 from megalm.train.stop import EXIT_ASKED_TO_STOP, EXIT_FINISHED, StopReason, StopRequest
 
@@ -81,6 +82,7 @@ def train(run: Run) -> int:
     run.console.info(f"stopped after step {run.state.step}: {reason.sentence}")
     if run.is_complete:
         evaluate(run, run.test)
+    draw_curve(run.config, run.topology)
     return EXIT_FINISHED if run.is_complete else EXIT_ASKED_TO_STOP
 
 

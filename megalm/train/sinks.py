@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from megalm.config.root import Config
+from megalm.errors import ConfigError
 from megalm.telemetry.console import Console
 from megalm.telemetry.metrics import ConsoleSink, JsonlSink, Sink, TensorBoardSink, WandbSink
 from megalm.topology.topology import Topology
@@ -28,6 +29,12 @@ def open_sinks(config: Config, topology: Topology, console: Console, *, resumed_
     output = config.output
     sinks: list[Sink] = [ConsoleSink(console, log_interval=output.log_interval)]
     path = metrics_file(config)
+    if output.plot is not None and path is None:
+        raise ConfigError(
+            f"output.plot = {output.plot} needs the records that it draws\n"
+            "  output.plot set by --plot\n"
+            "  pass --save or --metrics-path"
+        )
     if path is not None:
         sinks.append(JsonlSink(path, resume_step=resumed_step))
     if output.tensorboard_dir is not None:
@@ -43,3 +50,13 @@ def open_sinks(config: Config, topology: Topology, console: Console, *, resumed_
             )
         )
     return sinks
+
+
+def draw_curve(config: Config, topology: Topology) -> None:
+    """Draw the training and validation curve of the whole run, if --plot asks for it. The first rank does it."""
+    path = metrics_file(config)
+    if config.output.plot is None or path is None or not topology.world.is_first:
+        return
+    from megalm.telemetry.plot import plot_curve
+
+    plot_curve(path, config.output.plot)
