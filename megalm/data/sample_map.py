@@ -14,9 +14,11 @@ import numpy as np
 import numpy.typing as npt
 
 from megalm.data.order import Order
+from megalm.data.shuffle import shuffle
 from megalm.errors import DataError
 
 SMALL = np.iinfo(np.int32).max
+RUN = 1 << 16
 LARGEST_SHUFFLE_U32 = np.iinfo(np.uint32).max - 1
 
 
@@ -77,8 +79,7 @@ def build_sample_map(
     random = np.random.RandomState(seed)
     documents = _shuffled_documents(begin, end, epochs, random)
     samples = _cut(lengths, documents, epochs.num_samples, seq_length)
-    shuffle = _shuffled_samples(epochs, random)
-    return SampleMap(documents, samples, shuffle)
+    return SampleMap(documents, samples, _shuffled_samples(epochs, random))
 
 
 def _shuffled_documents(begin: int, end: int, epochs: Epochs, random: np.random.RandomState) -> npt.NDArray[np.int32]:
@@ -90,35 +91,47 @@ def _shuffled_documents(begin: int, end: int, epochs: Epochs, random: np.random.
     apart = 1 if epochs.final_apart else 0
     documents = np.tile(once, epochs.num_epochs)
     together = len(once) * (epochs.num_epochs - apart)
-    random.shuffle(documents[:together])
+    shuffle(random, documents[:together])
     if apart:
-        random.shuffle(documents[together:])
+        shuffle(random, documents[together:])
     return documents
 
 
 def _cut(
     lengths: npt.NDArray[np.int32], documents: npt.NDArray[np.int32], num_samples: int, seq_length: int
 ) -> npt.NDArray[Any]:
-    """Sample k starts in the document that holds token k*s of the stream: the first whose end lies beyond it."""
-    ends = np.take(lengths, documents).cumsum(dtype=np.int64)
-    positions = np.arange(num_samples + 1, dtype=np.int64) * seq_length
-    index = np.searchsorted(ends, positions, side="right")
-    # The stream starts in its first document even if that is empty.
-    index[0] = 0
-    offsets = positions - ends[index] + lengths[documents[index]]
-    offsets[0] = 0
-    small = len(documents) <= SMALL
-    samples = np.empty((num_samples + 1, 2), np.int32 if small else np.int64)
-    samples[:, 0] = index
-    samples[:, 1] = offsets
+    """Sample k starts in the document that holds token k*s of the stream: the first whose end lies beyond it.
+
+    A document that ends at token e lies before all samples from ceil(e / s) on. Counting the documents by that number
+    and adding the counts up gives the index of every sample, in runs of documents that stay in the processor's cache.
+    """
+    samples = np.zeros((num_samples + 1, 2), np.int32 if len(documents) <= SMALL else np.int64)
+    # Where the document in which a sample starts begins itself, in tokens of the stream.
+    begins = np.zeros(num_samples + 1, np.int64)
+    end = 0
+    filled = 1
+    for at in range(0, len(documents), RUN):
+        ends = np.take(lengths, documents[at : at + RUN]).cumsum(dtype=np.int64)
+        ends += end
+        first = -(-ends // seq_length)
+        # Samples whose position lies below the last end of this run: all of them start in this run or before.
+        stop = min(int(first[-1]), num_samples + 1)
+        if stop > filled:
+            counts = np.bincount(np.clip(first - filled, 0, stop - filled), minlength=stop - filled + 1)
+            index = counts[: stop - filled].cumsum()
+            samples[filled:stop, 0] = index + at
+            begins[filled:stop] = np.where(index > 0, ends[index - 1], end)
+            filled = stop
+        end = int(ends[-1])
+    samples[1:, 1] = np.arange(1, num_samples + 1, dtype=np.int64) * seq_length - begins[1:]
     return samples
 
 
 def _shuffled_samples(epochs: Epochs, random: np.random.RandomState) -> npt.NDArray[Any]:
     dtype = np.int64 if epochs.num_samples >= LARGEST_SHUFFLE_U32 else np.uint32
-    shuffle = np.arange(epochs.num_samples, dtype=dtype)
+    numbers = np.arange(epochs.num_samples, dtype=dtype)
     together = epochs.samples_before_final if epochs.final_apart else epochs.num_samples
-    random.shuffle(shuffle[:together])
+    shuffle(random, numbers[:together])
     if together < epochs.num_samples:
-        random.shuffle(shuffle[together:])
-    return shuffle
+        shuffle(random, numbers[together:])
+    return numbers
