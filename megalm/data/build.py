@@ -34,15 +34,19 @@ def build_datasets(
     num_samples: Mapping[str, int],
     seed: int,
     vocab_size: int | None = None,
+    tokenizer_size: int | None = None,
     order: str = "bigscience",
     log: Callable[[str], None] | None = None,
 ) -> Datasets:
     """Open the corpora and build the sample maps of every split with `num_samples` ("train", "valid", "test") > 0.
 
-    Every rank may call this at once. `vocab_size` is the number of ids that the model has room for.
+    Every rank may call this at once. `vocab_size` is the number of ids that the model has room for, `tokenizer_size`
+    the number that its tokenizer has.
     Raises: DataError for corpora, splits and weights that cannot be used.
     """
-    builder = _Builder(data, seed=seed, vocab_size=vocab_size, order=order_named(order), log=log)
+    builder = _Builder(
+        data, seed=seed, vocab_size=vocab_size, tokenizer_size=tokenizer_size, order=order_named(order), log=log
+    )
     wanted = {split: num_samples.get(split, 0) for split in SPLITS}
     groups = (data.train_weighted_split_paths, data.valid_weighted_split_paths, data.test_weighted_split_paths)
     if data.data_path and any(groups):
@@ -64,12 +68,14 @@ class _Builder:
         *,
         seed: int,
         vocab_size: int | None,
+        tokenizer_size: int | None,
         order: Order,
         log: Callable[[str], None] | None,
     ) -> None:
         self.data = data
         self.seed = seed
         self.vocab_size = vocab_size
+        self.tokenizer_size = tokenizer_size
         self.order = order
         self.log = log
         self.datasets = Datasets()
@@ -128,8 +134,19 @@ class _Builder:
 
     def indexed(self, prefix: str) -> IndexedDataset:
         if prefix not in self._open:
-            self._open[prefix] = IndexedDataset(prefix)
+            self._open[prefix] = self._suited(IndexedDataset(prefix))
         return self._open[prefix]
+
+    def _suited(self, indexed: IndexedDataset) -> IndexedDataset:
+        """The corpus, if its dtype can hold every id of the tokenizer: otherwise another tokenizer made it."""
+        capacity = np.iinfo(indexed.dtype).max + 1 if indexed.dtype.kind in "iu" else None
+        if self.tokenizer_size is not None and capacity is not None and capacity < self.tokenizer_size:
+            raise DataError(
+                f"{indexed.prefix} stores ids as {indexed.dtype}, which holds {capacity:,} of them, and the tokenizer "
+                f"has {self.tokenizer_size:,}\n"
+                "  the corpus was made with another tokenizer: tokenize it again, or name the tokenizer that made it"
+            )
+        return indexed
 
     def _corpus(self, name: str, member: Member, split_range: tuple[int, int], num_samples: int) -> GPTDataset:
         indexed = self.indexed(member.prefix)

@@ -204,6 +204,7 @@ def _open_datasets(plan: Plan, batch_size: BatchSize) -> Datasets:
         num_samples={"train": total + batch_size.final, "valid": evaluated, "test": evaluated},
         seed=training.seed,
         vocab_size=plan.config.model.padded_vocab_size,
+        tokenizer_size=plan.tokenizer.vocab_size,
     )
     if datasets.train is None and not training.eval_only:
         raise DataError(

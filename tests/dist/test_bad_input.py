@@ -124,6 +124,12 @@ def test_ids_beyond_the_vocabulary_of_the_model_are_refused(tmp_path: Path) -> N
     assert "vocab" in said
 
 
+def test_a_tokenizer_larger_than_the_corpus_dtype_is_refused(tmp_path: Path) -> None:
+    said = fail(tmp_path, ["--data-path", write_corpus(tmp_path), "--vocab-size", "70000"], code=3)
+    assert "uint16" in said
+    assert "70,001" in said
+
+
 def test_without_a_corpus_the_remedy_is_a_flag(tmp_path: Path) -> None:
     assert "--data-path" in fail(tmp_path, [], code=2)
 
