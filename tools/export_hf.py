@@ -28,7 +28,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument(
         "--verify-by-layer",
         action="store_true",
-        help="compare one layer at a time, as --verify does by itself where two copies of the model do not fit in memory",
+        help="compare one layer at a time, as --verify does by itself where two copies do not fit in memory",
     )
     result.add_argument("--verify-text", help="text to compare on; default: the end of the run's corpus")
     return result

@@ -7,14 +7,19 @@ at each of them.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
 import shutil
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
+
+PASSING_ERRORS = frozenset({errno.EIO, errno.EAGAIN, errno.EINTR, errno.ESTALE, errno.ETIMEDOUT, errno.EBUSY})
+RETRY_PAUSES_SECONDS = (0.1, 0.5, 2.0)
 
 
 @dataclass(frozen=True)
@@ -68,10 +73,22 @@ class HashingFile:
 
 
 def write_file(path: Path, produce: Callable[[HashingFile], None]) -> FileRecord:
-    """Create `path` with what `produce` writes, and return its record once it is on the disk."""
-    with HashingFile(path) as file:
-        produce(file)
-    return file.record
+    """Create `path` with what `produce` writes, and return its record once it is on the disk.
+
+    An error that may pass (a network file system that stutters) is tried again after a pause, from the start.
+    """
+    for pause_seconds in (*RETRY_PAUSES_SECONDS, None):
+        try:
+            with HashingFile(path) as file:
+                produce(file)
+            return file.record
+        except OSError as error:
+            if pause_seconds is None or error.errno not in PASSING_ERRORS:
+                raise
+            with contextlib.suppress(FileNotFoundError):
+                unlink(path)
+            time.sleep(pause_seconds)
+    raise AssertionError("unreachable: the last attempt returns or raises")
 
 
 def write_text(path: Path, text: str) -> FileRecord:

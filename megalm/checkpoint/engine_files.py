@@ -17,7 +17,7 @@ from megalm.checkpoint import layout
 from megalm.checkpoint.durable import FileRecord, make_folder
 from megalm.checkpoint.optimizer_files import PARAMETER_GROUPS
 from megalm.checkpoint.restore import named_parameters
-from megalm.checkpoint.tensor_files import read_tensors, snapshot, write_tensors
+from megalm.checkpoint.tensor_files import check_finite, read_tensors, snapshot, write_tensors
 from megalm.topology.topology import Topology
 
 
@@ -45,16 +45,21 @@ class FileEngine(CheckpointEngine):
             self.failure = self.failure or error
 
     def save(self, state_dict: Any, path: str) -> None:
-        """Write one file durably, unless an earlier one failed."""
+        """Take one file, unless an earlier one failed."""
         if self.failure is not None:
             return
         if "module" in state_dict:
             # The layer files hold the weights; a model of one stage would be written twice.
             state_dict = {**state_dict, "module": None}
         try:
-            self.records.append(write_tensors(Path(path), snapshot(state_dict, copy=False)))
+            check_finite(state_dict, name=Path(path).name)
+            self.take(Path(path), state_dict)
         except Exception as error:
             self.failure = error
+
+    def take(self, path: Path, state_dict: Any) -> None:
+        """Write one file durably."""
+        self.records.append(write_tensors(path, snapshot(state_dict, copy=False)))
 
     def load(self, path: str, map_location: Any = None) -> Any:
         """Read one file to the host without running anything in it."""
@@ -70,17 +75,16 @@ class FileEngine(CheckpointEngine):
 
 
 @contextlib.contextmanager
-def file_engine_of(engine: Any) -> Iterator[FileEngine]:
-    """Let a DeepSpeed engine read and write through a `FileEngine` inside the context.
+def _writing_through(engine: Any, files: FileEngine) -> Iterator[None]:
+    """Let a DeepSpeed engine write through `files` inside the context.
 
     DeepSpeed's recovery scripts are left out: they would be two unhashed files beside every checkpoint.
     """
-    files = FileEngine()
     original = engine.checkpoint_engine
     engine.checkpoint_engine = files
     engine._copy_recovery_script = lambda save_path: None
     try:
-        yield files
+        yield
     finally:
         engine.checkpoint_engine = original
         del engine._copy_recovery_script
@@ -94,7 +98,8 @@ def write_engine_files(engine: Any, folder: Path, files: FileEngine, *, topology
     """
     try:
         state = {PARAMETER_GROUPS: _parameter_groups(engine)}
-        engine.save_checkpoint(str(folder.parent), tag=folder.name, client_state=state, save_latest=False)
+        with _writing_through(engine, files):
+            engine.save_checkpoint(str(folder.parent), tag=folder.name, client_state=state, save_latest=False)
         if not isinstance(engine.module, PipelineModule):
             _write_layers_of_single_stage(engine, folder, files, topology=topology)
     except Exception as error:
@@ -120,3 +125,25 @@ def _parameter_groups(engine: Any) -> list[list[str]] | None:
     if isinstance(optimizer, torch.optim.Optimizer):
         groups = [group["params"] for group in optimizer.param_groups]
     return None if groups is None else [[names[id(parameter)] for parameter in group] for group in groups]
+
+
+class HostCopies(FileEngine):
+    """Keeps copies in host memory instead of writing, so that training may go on while `write` works."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._copies: list[tuple[Path, Any]] = []
+
+    def take(self, path: Path, state_dict: Any) -> None:
+        """Copy one file's content."""
+        self._copies.append((path, snapshot(state_dict, copy=True)))
+
+    def write(self) -> None:
+        """Write every copy durably, letting go of each; what failed is in `failure`."""
+        while self._copies and self.failure is None:
+            path, state = self._copies.pop(0)
+            try:
+                self.records.append(write_tensors(path, state))
+            except Exception as error:
+                self.failure = error
+        self._copies.clear()

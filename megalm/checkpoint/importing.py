@@ -14,13 +14,13 @@ import yaml
 from torch import Tensor
 
 from megalm.checkpoint import layout
+from megalm.checkpoint.draft import versions
 from megalm.checkpoint.durable import make_folder, publish_folder, remove_folder, replace_text, write_text
 from megalm.checkpoint.export import DTYPES
 from megalm.checkpoint.foreign import ForeignModel, ForeignWeights, read_foreign_config
 from megalm.checkpoint.huggingface import BLOOM, renamed
 from megalm.checkpoint.identity import resolved_fields
 from megalm.checkpoint.manifest import Manifest
-from megalm.checkpoint.save import versions
 from megalm.checkpoint.split import write_layer_files
 from megalm.config.model import ModelConfig
 from megalm.errors import CheckpointError

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-import torch
 
 from megalm.checkpoint import layout
 from megalm.checkpoint.identity import stored_model
 from megalm.checkpoint.manifest import read_manifest, verify
 from megalm.checkpoint.merge import LayerFiles
-from megalm.checkpoint.tensor_files import read_tensors
+from megalm.checkpoint.tensor_files import check_finite, read_tensors, tensors_of
 from megalm.errors import CheckpointError
 from megalm.models.gpt.shape import gpt_shape
 
@@ -73,19 +70,6 @@ def inspect_checkpoint(
 
 
 def _check_values(path: Path, result: Inspection) -> None:
-    for name, tensor in tensors_of(read_tensors(path, mmap=True)):
-        result.num_tensors += 1
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            result.problems.append(f"{path.name}: {name} holds NaN or infinity")
-
-
-def tensors_of(state: Any, name: str = "") -> Iterator[tuple[str, torch.Tensor]]:
-    """Every tensor in a nested structure, with a dotted name."""
-    if isinstance(state, torch.Tensor):
-        yield name, state
-    elif isinstance(state, dict):
-        for key, value in state.items():
-            yield from tensors_of(value, f"{name}.{key}" if name else str(key))
-    elif isinstance(state, list | tuple):
-        for position, value in enumerate(state):
-            yield from tensors_of(value, f"{name}.{position}" if name else str(position))
+    state = read_tensors(path, mmap=True)
+    result.num_tensors += sum(1 for _ in tensors_of(state))
+    check_finite(state, name=path.name)

@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from megalm.checkpoint import layout
 from megalm.checkpoint.durable import remove_folder
+
+
+@dataclass(frozen=True)
+class Retention:
+    """How many checkpoints stay."""
+
+    keep_last: int | None = None
+    """Newest ones that stay; all when not given."""
+    keep_every: int | None = None
+    """Those whose step is a multiple of this stay besides."""
 
 
 def published_checkpoints(folder: Path) -> list[tuple[int, Path]]:
@@ -23,15 +34,22 @@ def published_checkpoints(folder: Path) -> list[tuple[int, Path]]:
     return [(step, path) for step, _, path in sorted(found, key=lambda entry: entry[:2], reverse=True)]
 
 
-def remove_outdated(folder: Path, *, keep_last: int, newest: Path) -> tuple[tuple[Path, ...], tuple[str, ...]]:
-    """Remove all but `keep_last` checkpoints: (what was removed, what could not be).
+def remove_outdated(folder: Path, retention: Retention, *, newest: Path) -> tuple[tuple[Path, ...], tuple[str, ...]]:
+    """Remove the checkpoints that need not stay: (what was removed, what could not be).
 
     `newest` was just published and always stays, so the folder never loses its last valid checkpoint; of the others,
     those with the highest steps stay. A folder that cannot be removed is no reason to stop a run.
     """
-    others = [path for _, path in published_checkpoints(folder) if path != newest]
+    if retention.keep_last is None:
+        return (), ()
+    every = retention.keep_every
+    others = [
+        path
+        for step, path in published_checkpoints(folder)
+        if path != newest and not (every is not None and step % every == 0)
+    ]
     removed, problems = [], []
-    for path in others[max(1, keep_last) - 1 :]:
+    for path in others[max(0, retention.keep_last - 1) :]:
         try:
             remove_folder(path)
             removed.append(path)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pickle
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,3 +80,39 @@ def read_tensors(path: Path, *, allowed: tuple[Allowed, ...] = INERT_STAND_INS, 
         raise CheckpointError(f"{path} holds something other than tensors and is not loaded: {reason}") from error
     except (OSError, RuntimeError, ValueError, EOFError, KeyError, TypeError, zipfile.BadZipFile) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
+
+
+def check_finite(state: Any, *, name: str) -> None:
+    """Refuse to keep what a run could not continue from.
+
+    Raises: CheckpointError if a tensor holds NaN or infinity.
+    """
+    for key, tensor in tensors_of(state):
+        if not is_finite(tensor) and not _is_padded(state):
+            raise CheckpointError(f"{name}: {key} holds NaN or infinity, and such a checkpoint is not published")
+
+
+def _is_padded(state: Any) -> bool:
+    """Whether these are ZeRO-3's shares, whose padding DeepSpeed leaves uninitialised; layer files tell there."""
+    optimizer = state.get("optimizer_state_dict") if isinstance(state, dict) else None
+    return isinstance(optimizer, dict) and "fp32_flat_groups" in optimizer
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether no element is NaN or infinite; needs no memory of the tensor's size."""
+    if not tensor.is_floating_point() or tensor.numel() == 0:
+        return True
+    low, high = tensor.detach().aminmax()
+    return bool(torch.isfinite(low) and torch.isfinite(high))
+
+
+def tensors_of(state: Any, name: str = "") -> Iterator[tuple[str, torch.Tensor]]:
+    """Every tensor in a nested structure, with a dotted name."""
+    if isinstance(state, torch.Tensor):
+        yield name, state
+    elif isinstance(state, dict):
+        for key, value in state.items():
+            yield from tensors_of(value, f"{name}.{key}" if name else str(key))
+    elif isinstance(state, list | tuple):
+        for position, value in enumerate(state):
+            yield from tensors_of(value, f"{name}.{position}" if name else str(position))

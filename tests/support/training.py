@@ -85,7 +85,7 @@ class TinyRun:
 
     def digest(self) -> str:
         """sha256 of this rank's parameters, optimizer state and random-number state."""
-        from megalm.checkpoint.inspection import tensors_of
+        from megalm.checkpoint.tensor_files import tensors_of
 
         digest = hashlib.sha256()
         optimizer = self.engine.raw.optimizer

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import errno
 import hashlib
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 
@@ -85,3 +87,38 @@ def test_publishing_over_an_older_folder_leaves_one_of_them_whole_at_every_step(
     assert all(whole)
     assert (final / "x").read_text() == "new"
     assert not replaced.exists()
+
+
+def failing_times(monkeypatch: pytest.MonkeyPatch, number: int, *, times: int) -> list[float]:
+    """Let the first `times` fsyncs fail with an errno; returns the list that the pauses go to."""
+    pauses: list[float] = []
+    original, left = durable.sync, [times]
+
+    def sync(file: BinaryIO) -> None:
+        if left[0] > 0:
+            left[0] -= 1
+            raise OSError(number, "injected")
+        original(file)
+
+    monkeypatch.setattr(durable, "sync", sync)
+    monkeypatch.setattr(durable.time, "sleep", pauses.append)
+    return pauses
+
+
+def test_an_error_that_passes_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pauses = failing_times(monkeypatch, errno.EIO, times=2)
+    record = durable.write_text(tmp_path / "x", "content")
+    assert (tmp_path / "x").read_text() == "content"
+    assert record.bytes == 7
+    assert pauses == list(durable.RETRY_PAUSES_SECONDS[:2])
+
+
+@pytest.mark.parametrize("number, pauses", [(errno.ENOSPC, 0), (errno.EROFS, 0), (errno.EIO, 3)])
+def test_an_error_that_stays_is_raised(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, pauses: int
+) -> None:
+    slept = failing_times(monkeypatch, number, times=9)
+    with pytest.raises(OSError) as caught:
+        durable.write_text(tmp_path / "x", "content")
+    assert caught.value.errno == number
+    assert len(slept) == pauses

@@ -7,7 +7,7 @@ import pytest
 from megalm.checkpoint import layout
 from megalm.checkpoint.durable import replace_text
 from megalm.checkpoint.find import find_checkpoint
-from megalm.checkpoint.retention import remove_outdated
+from megalm.checkpoint.retention import Retention, remove_outdated
 from megalm.errors import CheckpointError
 from tests.unit.checkpoint.test_manifest import checkpoint
 
@@ -89,7 +89,7 @@ def test_a_missing_folder_is_an_error(tmp_path: Path) -> None:
 @pytest.mark.parametrize("keep_last", [0, 1, 2, 3, 9])
 def test_retention_keeps_the_newest_and_never_the_last_one_less(folder: Path, keep_last: int) -> None:
     newest = folder / "global_step15"
-    remove_outdated(folder, keep_last=keep_last, newest=newest)
+    remove_outdated(folder, Retention(keep_last), newest=newest)
     left = sorted(path.name for path in folder.glob("global_step*"))
     expected = ["global_step15", "global_step10", "global_step5"][: max(1, keep_last)]
     assert left == sorted(expected)
@@ -97,7 +97,16 @@ def test_retention_keeps_the_newest_and_never_the_last_one_less(folder: Path, ke
 
 def test_retention_keeps_what_was_just_saved_beside_later_steps(folder: Path) -> None:
     """A run that went back to step 5 and saved: the abandoned later checkpoints must not push it out."""
-    removed, problems = remove_outdated(folder, keep_last=1, newest=folder / "global_step5")
+    removed, problems = remove_outdated(folder, Retention(1), newest=folder / "global_step5")
     assert (folder / "global_step5").is_dir()
     assert {path.name for path in removed} == {"global_step10", "global_step15"}
     assert problems == ()
+
+
+def test_checkpoints_of_every_kth_step_stay_besides(folder: Path) -> None:
+    remove_outdated(folder, Retention(keep_last=1, keep_every=10), newest=folder / "global_step15")
+    assert sorted(path.name for path in folder.glob("global_step*")) == ["global_step10", "global_step15"]
+
+
+def test_all_stay_without_a_number(folder: Path) -> None:
+    assert remove_outdated(folder, Retention(keep_every=10), newest=folder / "global_step15") == ((), ())
