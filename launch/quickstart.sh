@@ -104,6 +104,9 @@ train 0 --load "$output/checkpoints"
 
 step "6/7  export to a Hugging Face folder, hold it against transformers, and let it write"
 "$python" tools/export_hf.py --load "$output/checkpoints" --save "$output/hf" --verify
+printf '\nA sampled continuation of "def read_file(path":\n'
+"$python" tools/generate.py --load "$output/hf" --prompt "def read_file(path" --max-new-tokens 60 \
+    --temperature 0.7 --top-k 40
 
 step "7/7  sum up"
 code=0
