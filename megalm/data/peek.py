@@ -34,7 +34,7 @@ def iterate_texts(
 
 
 def first_texts(sources: Sequence[Source], keys: Sequence[str]) -> list[str]:
-    """Some texts from the start of every file, at most a quarter of a million characters together: to compare encoders on this very input."""
+    """Texts from the start of every file, at most 2^18 characters, to compare encoders on this very input."""
     found: list[str] = []
     left = SAMPLE_CHARACTERS
     each = max(1, SAMPLE_DOCUMENTS // max(1, len(sources)))

@@ -1,0 +1,52 @@
+"""What `PREFIX.meta.json` says about a corpus."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from megalm.data.indexed import sidecar_path
+from megalm.errors import DataError
+
+PIECE = 1 << 20
+
+
+def read_sidecar(prefix: str) -> dict[str, Any] | None:
+    """The description of a corpus; None where there is none, as for corpora that other tools made.
+
+    Raises: DataError if it is there and cannot be read.
+    """
+    path = sidecar_path(prefix)
+    if not path.is_file():
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content["files"]["bin"]["sha256"], str) or not isinstance(
+            content["files"]["idx"]["sha256"], str
+        ):
+            raise ValueError("it holds no hashes")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path} is damaged: {error!r}\n  delete it to use the corpus without hashes") from error
+    found: dict[str, Any] = content
+    return found
+
+
+def check_hash(path: Path, expected: dict[str, Any]) -> None:
+    """Compare a file with the size and the sha256 that the sidecar gives.
+
+    Raises: DataError if they differ.
+    """
+    size = path.stat().st_size
+    if size != expected["bytes"]:
+        raise DataError(f"{path} has {size} bytes, its sidecar says {expected['bytes']}\n  copy the corpus again")
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(PIECE):
+            digest.update(piece)
+    if digest.hexdigest() != expected["sha256"]:
+        raise DataError(
+            f"{path} does not have the sha256 that its sidecar gives: its content changed since it was written\n"
+            "  copy the corpus again, or tokenize it again"
+        )

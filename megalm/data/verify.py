@@ -1,0 +1,59 @@
+"""Proving that a corpus is what was written: structure, hashes, id ranges."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megalm.data.indexed import IndexedDataset, index_path, tokens_path
+from megalm.data.sidecar import check_hash, read_sidecar
+from megalm.errors import DataError
+
+RUN = 1 << 24
+"""Tokens looked at together."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What was checked, for people to read."""
+
+    prefix: str
+    documents: int
+    tokens: int
+    largest_id: int
+    hashed: bool
+    """False if there is no sidecar, so that a changed token cannot be told from a right one."""
+    vocab_size: int | None
+    """What the ids were held against; None if neither the caller nor the sidecar says."""
+
+
+def verify_corpus(prefix: str, *, vocab_size: int | None = None) -> Verdict:
+    """Read everything: the index as on opening, both files against their hashes, every id against the vocabulary.
+
+    Raises: DataError that names the file and, for an id, the sequence and the token.
+    """
+    sidecar = read_sidecar(prefix)
+    if sidecar is not None:
+        check_hash(index_path(prefix), sidecar["files"]["idx"])
+        check_hash(tokens_path(prefix), sidecar["files"]["bin"])
+        if vocab_size is None:
+            vocab_size = sidecar.get("tokenizer", {}).get("vocab_size")
+    indexed = IndexedDataset(prefix)
+    largest = -1
+    for start in range(0, indexed.num_tokens, RUN):
+        part = indexed.tokens[start : start + RUN]
+        smallest, greatest = int(part.min()), int(part.max())
+        if smallest < 0:
+            _refuse(indexed, start + int(part.argmin()), f"is {smallest}; ids are 0 or more")
+        if vocab_size is not None and greatest >= vocab_size:
+            _refuse(indexed, start + int(part.argmax()), f"is {greatest}, outside of the vocabulary of {vocab_size}")
+        largest = max(largest, greatest)
+    return Verdict(prefix, indexed.num_documents, indexed.num_tokens, largest, sidecar is not None, vocab_size)
+
+
+def _refuse(indexed: IndexedDataset, position: int, what: str) -> None:
+    import numpy as np
+
+    address = position * indexed.dtype.itemsize
+    sequence = int(np.searchsorted(indexed.pointers, address, side="right")) - 1
+    token = (address - int(indexed.pointers[sequence])) // indexed.dtype.itemsize
+    raise DataError(f"{tokens_path(indexed.prefix)}: the id of sequence {sequence}, token {token}, {what}")

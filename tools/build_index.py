@@ -1,0 +1,45 @@
+#!/usr/bin/env python
+"""Build the sample maps of a run before it starts: the run's own command line goes after `--`.
+
+python tools/build_index.py -- --config configs/debug/tiny.yaml --data-path corpus_text_document ...
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from megalm.errors import MegalmError
+
+
+def main(arguments: list[str]) -> int:
+    """Run the tool and return its exit code."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--data-parallel-size", type=int, default=1, help="only for runs without --global-batch-size (1)"
+    )
+    cut = arguments.index("--") if "--" in arguments else len(arguments)
+    options = parser.parse_args(arguments[:cut])
+    started = time.perf_counter()
+    try:
+        from megalm.config.parse import parse_command_line
+        from megalm.train.samples import open_datasets
+
+        config = parse_command_line(arguments[cut + 1 :])
+        datasets = open_datasets(config, dp_size=options.data_parallel_size)
+    except MegalmError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return error.exit_code
+    print("\n".join(datasets.report))
+    print(f"{time.perf_counter() - started:.1f} s")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,118 @@
+#!/usr/bin/env python
+"""What was the model reading at step 12,345? From steps or samples back to corpus, document, offset and text.
+
+The run's own command line, or the config.yaml of one of its checkpoints, goes after `--`:
+
+    python tools/trace_samples.py --steps 12345 -- --config runs/x/global_step13000/config.yaml
+    python tools/trace_samples.py --samples 0:16 --no-text -- --config configs/debug/tiny.yaml --data-path ...
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from megalm.errors import DataError, MegalmError
+
+if TYPE_CHECKING:
+    from megalm.config.root import Config
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line before `--`."""
+    result = argparse.ArgumentParser(
+        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    which = result.add_mutually_exclusive_group(required=True)
+    which.add_argument("--steps", help="a training step, counted from 1, or FIRST:LAST, the last included")
+    which.add_argument("--samples", help="a training sample, counted from 0, or FIRST:LAST, the last included")
+    result.add_argument("--no-text", action="store_true", help="show where tokens come from, but decode nothing")
+    result.add_argument("--max-tokens", type=int, default=60, help="tokens shown of each piece (60)")
+    result.add_argument("--json", action="store_true", help="a JSON object a piece instead of a report")
+    result.add_argument(
+        "--data-parallel-size", type=int, default=1, help="only for runs without --global-batch-size (1)"
+    )
+    return result
+
+
+def run(options: argparse.Namespace, command_line: list[str]) -> None:
+    """Print every piece of every sample asked for."""
+    from dataclasses import asdict
+
+    from megalm.config.parse import parse_command_line
+    from megalm.data.trace import trace
+    from megalm.tokenizers.build import build_tokenizer
+    from megalm.train.samples import open_datasets
+
+    config = parse_command_line(command_line)
+    source = open_datasets(config, dp_size=options.data_parallel_size).train
+    if source is None:
+        raise DataError("this run has no training samples")
+    tokenizer = None if options.no_text else build_tokenizer(config.data, vocab_size=config.model.vocab_size)
+    for step, number in chosen(options, config):
+        if not 0 <= number < len(source):
+            raise DataError(f"sample {number} does not exist; the run has 0 to {len(source) - 1}")
+        tokens = source[number]
+        if not options.json:
+            print(f"sample {number}" + ("" if step is None else f" of step {step}"))
+        for piece in trace(source, number):
+            shown = tokens[piece.position : piece.position + min(piece.length, options.max_tokens)].tolist()
+            text = None if tokenizer is None else tokenizer.decode(shown)
+            if options.json:
+                print(json.dumps({"step": step, "sample": number, **asdict(piece), "text": text}, ensure_ascii=False))
+                continue
+            print(
+                f"  tokens {piece.position} to {piece.position + piece.length - 1}: {piece.prefix} "
+                f"document {piece.document}, from token {piece.offset}"
+            )
+            if text is not None:
+                print("    " + text.replace("\n", "\n    "))
+
+
+def chosen(options: argparse.Namespace, config: Config) -> Iterator[tuple[int | None, int]]:
+    """(step or None, sample) of everything asked for."""
+    from megalm.train.samples import samples_of_steps
+
+    if options.samples is not None:
+        first, last = bounds(options.samples, "--samples", least=0)
+        for number in range(first, last + 1):
+            yield None, number
+        return
+    first, last = bounds(options.steps, "--steps", least=1)
+    for step, numbers in samples_of_steps(config, first, last, dp_size=options.data_parallel_size):
+        for number in numbers:
+            yield step, number
+
+
+def bounds(text: str, flag: str, *, least: int) -> tuple[int, int]:
+    """`7` or `7:9` as two numbers."""
+    parts = text.split(":")
+    try:
+        first, last = int(parts[0]), int(parts[-1])
+    except ValueError as error:
+        raise DataError(f"{flag} {text} is neither a number nor FIRST:LAST") from error
+    if len(parts) > 2 or not least <= first <= last:
+        raise DataError(f"{flag} {text} must fit {least} <= FIRST <= LAST")
+    return first, last
+
+
+def main(arguments: list[str]) -> int:
+    """Run the tool and return its exit code."""
+    cut = arguments.index("--") if "--" in arguments else len(arguments)
+    options = parser().parse_args(arguments[:cut])
+    try:
+        run(options, arguments[cut + 1 :])
+    except MegalmError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
