@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.distributed
 
 from megalm.errors import CheckpointError
 from megalm.topology.group import Group
+from megalm.topology.topology import Topology
 
 
 def exchange(value: Any, world: Group) -> list[Any]:
@@ -20,6 +22,27 @@ def exchange(value: Any, world: Group) -> list[Any]:
     values: list[Any] = [None] * world.size
     torch.distributed.all_gather_object(values, value, group=world.handle)
     return values
+
+
+class AnyOf:
+    """Whether each flag is set on any rank, asked without waiting for the ranks that are behind.
+
+    Communicates: one all-reduce of a few integers over the world, in the background until `result` is called.
+    """
+
+    def __init__(self, flags: tuple[bool, ...], topology: Topology) -> None:
+        self._counts = torch.tensor(flags, dtype=torch.int32, device=topology.device)
+        self._work = None
+        if topology.world.size > 1:
+            self._work = torch.distributed.all_reduce(
+                self._counts, op=torch.distributed.ReduceOp.MAX, group=topology.world.handle, async_op=True
+            )
+
+    def result(self) -> tuple[bool, ...]:
+        """The answer, once every rank has asked."""
+        if self._work is not None:
+            self._work.wait()
+        return tuple(bool(count) for count in self._counts.tolist())
 
 
 def agree(failure: Exception | None, world: Group, *, doing: str) -> None:

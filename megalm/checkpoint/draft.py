@@ -39,7 +39,7 @@ class Draft:
     folder: Path
     manifest: Manifest
     state_text: str
-    config_text: str
+    config: Config
     retention: Retention
 
     @classmethod
@@ -63,7 +63,7 @@ class Draft:
             versions=versions(),
         )
         state_text = json.dumps(dict(state), indent=1, allow_nan=False) + "\n"
-        return cls(folder, manifest, state_text, config_to_yaml(config), retention)
+        return cls(folder, manifest, state_text, config, retention)
 
     @property
     def final(self) -> Path:
@@ -89,7 +89,7 @@ class Draft:
         """
         own = [
             write_text(self.temporary / layout.TRAIN_STATE, self.state_text),
-            write_text(self.temporary / layout.CONFIG, self.config_text),
+            write_text(self.temporary / layout.CONFIG, config_to_yaml(self.config)),
         ]
         files = tuple(sorted([*records, *own], key=lambda record: record.name))
         write_text(self.temporary / layout.MANIFEST, replace(self.manifest, files=files).to_json())

@@ -52,14 +52,18 @@ class FileEngine(CheckpointEngine):
             # The layer files hold the weights; a model of one stage would be written twice.
             state_dict = {**state_dict, "module": None}
         try:
-            check_finite(state_dict, name=Path(path).name)
             self.take(Path(path), state_dict)
         except Exception as error:
             self.failure = error
 
     def take(self, path: Path, state_dict: Any) -> None:
         """Write one file durably."""
-        self.records.append(write_tensors(path, snapshot(state_dict, copy=False)))
+        self.put(path, snapshot(state_dict, copy=False))
+
+    def put(self, path: Path, state: Any) -> None:
+        """Write what `snapshot` has made, unless it holds NaN or infinity."""
+        check_finite(state, name=path.name)
+        self.records.append(write_tensors(path, state))
 
     def load(self, path: str, map_location: Any = None) -> Any:
         """Read one file to the host without running anything in it."""
@@ -94,16 +98,25 @@ def write_engine_files(engine: Any, folder: Path, files: FileEngine, *, topology
     """Let DeepSpeed write its files into `folder`; what failed is in `files.failure`.
 
     A model of one stage gets the layer files of a pipeline, so that whatever reads weights reads one form.
-    Communicates: DeepSpeed's barriers over the world, and under ZeRO-3 an all-gather of every layer over dp.
+    Communicates: under ZeRO-3 an all-gather of every layer over dp, otherwise nothing.
     """
+    before = getattr(engine.optimizer, "checkpoint_event_prologue", None)
+    after = getattr(engine.optimizer, "checkpoint_event_epilogue", None)
+    if before is not None:
+        before()
     try:
+        # The parts of DeepSpeedEngine.save_checkpoint that write; its barriers and its plain `latest` are left out.
         state = {PARAMETER_GROUPS: _parameter_groups(engine)}
         with _writing_through(engine, files):
-            engine.save_checkpoint(str(folder.parent), tag=folder.name, client_state=state, save_latest=False)
-        if not isinstance(engine.module, PipelineModule):
-            _write_layers_of_single_stage(engine, folder, files, topology=topology)
+            engine._save_checkpoint(str(folder.parent), folder.name, client_state=state)
+            if engine.save_zero_checkpoint:
+                engine._save_zero_checkpoint(str(folder.parent), folder.name)
     except Exception as error:
         files.failure = files.failure or error
+    if after is not None:
+        after()
+    if not isinstance(engine.module, PipelineModule):
+        _write_layers_of_single_stage(engine, folder, files, topology=topology)
 
 
 def _write_layers_of_single_stage(engine: Any, folder: Path, files: FileEngine, *, topology: Topology) -> None:
@@ -143,7 +156,7 @@ class HostCopies(FileEngine):
         while self._copies and self.failure is None:
             path, state = self._copies.pop(0)
             try:
-                self.records.append(write_tensors(path, state))
+                self.put(path, state)
             except Exception as error:
                 self.failure = error
         self._copies.clear()

@@ -26,6 +26,7 @@ class SaveReport:
 
     path: Path
     num_bytes: int
+    """Of all ranks' files. After a save in the background, known to the first rank."""
     elapsed_seconds: float
     """From the start of the save to its publication."""
     stall_seconds: float
@@ -54,14 +55,14 @@ def save_checkpoint(
     fsynced and hashed; then the folder is renamed, then `latest` replaced, then old checkpoints are removed, but for
     the `keep_last` newest and those whose step is a multiple of `keep_every`.
 
-    Communicates: DeepSpeed's barriers, and four all-gathers of small objects over the world.
+    Communicates: four all-gathers of small objects over the world, and what `write_engine_files` does.
     Raises: CheckpointError, the same on every rank, if a rank could not write or a tensor holds NaN or infinity. Then
     nothing was published, and the checkpoints that were there still are.
     """
     started = time.monotonic()
-    draft = begin_draft(
-        folder, state, config=config, topology=topology, retention=Retention(keep_last=keep_last, keep_every=keep_every)
-    )
+    retention = Retention(keep_last=keep_last, keep_every=keep_every)
+    draft = Draft.of(Path(folder), state, config=config, sizes=topology.layout, retention=retention)
+    begin_draft(draft, topology=topology)
     doing = f"saving {draft.final}"
     removed: tuple[Path, ...] = ()
     problems: tuple[str, ...] = ()
@@ -88,18 +89,14 @@ def save_checkpoint(
     )
 
 
-def begin_draft(
-    folder: str | Path, state: Mapping[str, Any], *, config: Config, topology: Topology, retention: Retention
-) -> Draft:
+def begin_draft(draft: Draft, *, topology: Topology) -> None:
     """Make the folder that every rank writes to.
 
     Raises: CheckpointError, the same on every rank, if it cannot be made.
     """
-    draft = Draft.of(Path(folder), state, config=config, sizes=topology.layout, retention=retention)
     with collectively(topology, f"saving {draft.final}"):
         if topology.world.is_first:
             draft.begin()
-    return draft
 
 
 def write_rank_files(

@@ -61,7 +61,7 @@ def test_training_goes_on_while_at_most_one_save_is_written(tmp_path: Path) -> N
 
 
 def background_then_go_on(folder: str) -> tuple[list[str], str, str]:
-    """Files of a synchronous and of a background save of one instant, by hash; a step is trained while one is written."""
+    """Files of a synchronous and of a background save of one instant, by hash; training goes on during the latter."""
     from megalm.checkpoint.background import BackgroundSaver
     from megalm.checkpoint.manifest import read_manifest
     from megalm.checkpoint.save import save_checkpoint
