@@ -124,8 +124,9 @@ def _join(backend: str, timeout_minutes: float) -> None:
     import deepspeed.ops
 
     # On CPUs init_distributed builds the op deepspeed_shm_comm with g++ and ninja (40 s, or a failure). The op serves
-    # inference_all_reduce alone, which training never calls. Holds for DeepSpeed 0.15 to 0.19.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # inference_all_reduce alone, which training never calls. DeepSpeed 0.19 asks a table for what can be built, and
+    # fills it at the first question by trying the compiler for every op; a table that is there already is taken.
+    vars(deepspeed.ops).setdefault("__compatible_ops__", {})["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(
         dist_backend=backend, auto_mpi_discovery=False, verbose=False, timeout=timedelta(minutes=timeout_minutes)
     )

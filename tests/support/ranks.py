@@ -15,7 +15,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-PRELOADED = ["torch", "torch.distributed", "numpy", "deepspeed", "deepspeed.pipe", "tests.support.preloaded"]
+PRELOADED = ["tests.support.preloaded"]
 TIMEOUT_SECONDS = 180.0
 
 
