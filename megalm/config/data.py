@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from megalm.config.option import option
 
+SAMPLE_ORDERS = ("bigscience", "megatron-core")
 TOKENIZERS = ("PretrainedFromHF", "GPT2BPETokenizer", "SentencePieceTokenizer", "NullTokenizer")
 
 
@@ -38,4 +39,12 @@ class DataConfig:
     merge_file: str | None = option(None, doc="GPT2BPETokenizer: its merges.txt.")
     valid_num_workers: int | None = option(
         None, doc="Threads that read validation and test samples ahead; num_workers when not given."
+    )
+    sample_order: str = option(
+        "bigscience",
+        doc="Which trainer's order samples come in, so that its runs can go on here.",
+        choices=SAMPLE_ORDERS,
+    )
+    verify_data: bool = option(
+        False, doc="Before training, read every corpus whole and compare it with the hashes beside it."
     )

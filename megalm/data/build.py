@@ -11,9 +11,10 @@ from megalm.config.data import DataConfig
 from megalm.data.blend import Blend, largest_deficit, normalised
 from megalm.data.gpt_dataset import GPTDataset
 from megalm.data.indexed import IndexedDataset
-from megalm.data.order import Order, order_named
+from megalm.data.order import order_named
 from megalm.data.source import SampleSource
 from megalm.data.split import SPLITS, Member, parse_data_path, parse_groups, range_bounds
+from megalm.data.verify import verify_corpus
 from megalm.errors import DataError
 
 
@@ -35,17 +36,17 @@ def build_datasets(
     seed: int,
     vocab_size: int | None = None,
     tokenizer_size: int | None = None,
-    order: str = "bigscience",
+    verifies: bool = True,
     log: Callable[[str], None] | None = None,
 ) -> Datasets:
     """Open the corpora and build the sample maps of every split with `num_samples` ("train", "valid", "test") > 0.
 
     Every rank may call this at once. `vocab_size` is the number of ids that the model has room for, `tokenizer_size`
-    the number that its tokenizer has.
+    the number that its tokenizer has. With data.verify_data the processes that pass `verifies` read every corpus whole.
     Raises: DataError for corpora, splits and weights that cannot be used.
     """
     builder = _Builder(
-        data, seed=seed, vocab_size=vocab_size, tokenizer_size=tokenizer_size, order=order_named(order), log=log
+        data, seed=seed, vocab_size=vocab_size, tokenizer_size=tokenizer_size, verifies=verifies, log=log
     )
     wanted = {split: num_samples.get(split, 0) for split in SPLITS}
     groups = (data.train_weighted_split_paths, data.valid_weighted_split_paths, data.test_weighted_split_paths)
@@ -69,14 +70,15 @@ class _Builder:
         seed: int,
         vocab_size: int | None,
         tokenizer_size: int | None,
-        order: Order,
+        verifies: bool,
         log: Callable[[str], None] | None,
     ) -> None:
         self.data = data
         self.seed = seed
         self.vocab_size = vocab_size
         self.tokenizer_size = tokenizer_size
-        self.order = order
+        self.verifies = verifies
+        self.order = order_named(data.sample_order)
         self.log = log
         self.datasets = Datasets()
         self._open: dict[str, IndexedDataset] = {}
@@ -134,6 +136,10 @@ class _Builder:
 
     def indexed(self, prefix: str) -> IndexedDataset:
         if prefix not in self._open:
+            if self.data.verify_data and self.verifies:
+                hashed = verify_corpus(prefix, vocab_size=self.vocab_size).hashed
+                proved = "equals its hashes" if hashed else "has no hashes, so that its content is not proved"
+                self.datasets.report.append(f"verified: {prefix} is whole and {proved}")
             self._open[prefix] = self._suited(IndexedDataset(prefix))
         return self._open[prefix]
 

@@ -85,6 +85,33 @@ def test_id_outside_of_the_vocabulary_is_named_with_its_place(tmp_path: Path) ->
         built.train[0]
 
 
+def test_order_of_the_other_trainer_is_a_matter_of_configuration(tmp_path: Path) -> None:
+    a = corpus(tmp_path, "a", documents=101)
+    split = {
+        order: build_datasets(
+            DataConfig(data_path=(a,), seq_length=16, split="1,1,1", sample_order=order),
+            num_samples=NUM_SAMPLES,
+            seed=1,
+        )
+        for order in ("bigscience", "megatron-core")
+    }
+    # 101 / 3 = 33.67 rounds to 34 three times, one too many, by which BigScience shifts every bound.
+    assert split["bigscience"].train.split_range == (0, 33)
+    assert split["megatron-core"].train.split_range == (0, 34)
+
+
+def test_verification_before_training_finds_a_flipped_bit(tmp_path: Path) -> None:
+    a = corpus(tmp_path, "a")
+    data = DataConfig(data_path=(a,), seq_length=16, verify_data=True)
+    assert "equals its hashes" in build_datasets(data, num_samples={"train": 9}, seed=1).report[0]
+    raw = bytearray(Path(f"{a}.bin").read_bytes())
+    raw[100] ^= 1
+    Path(f"{a}.bin").write_bytes(raw)
+    with pytest.raises(DataError, match="does not have the sha256"):
+        build_datasets(data, num_samples={"train": 9}, seed=1)
+    build_datasets(data, num_samples={"train": 9}, seed=1, verifies=False)
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
