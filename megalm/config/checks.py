@@ -19,7 +19,7 @@ POSITIVE = (
     "training.exit_interval", "training.exit_duration_minutes", "training.loss_scale", "training.initial_loss_scale",
     "training.min_loss_scale", "training.loss_scale_window", "training.hysteresis", "training.lr",
     "training.lr_decay_iters", "training.lr_decay_samples", "training.adam_eps", "training.eval_iters",
-    "data.seq_length", "output.save_interval", "output.keep_last", "output.log_interval",
+    "data.seq_length", "output.save_interval", "output.keep_last", "output.keep_every", "output.log_interval",
     "output.tensorboard_queue_size",
 )  # fmt: skip
 NOT_NEGATIVE = (
@@ -300,7 +300,7 @@ def _tokenizer(config: Config) -> Iterator[Failure]:
 
 def _checkpoints(config: Config) -> Iterator[Failure]:
     output = config.output
-    for path in ("output.save_interval", "output.keep_last"):
+    for path in ("output.save_interval", "output.keep_last", "output.keep_every"):
         if config.get(path) is not None and output.save is None:
             yield Failure(
                 f"{set_to(config, path)} needs a folder to save to", origins(config, path), "pass --save FOLDER"

@@ -162,7 +162,6 @@ REFUSALS = (
     ),
     refused("--no-save-optim", "a checkpoint is always whole", "remove it; tools/export_hf.py writes weights alone"),
     refused("--no-save-rng", "a checkpoint is always whole", "remove it"),
-    refused("--async-save", "a checkpoint is published before training goes on", "remove it"),
     refused("--adlr-autoresume", "there is no such service", "remove it; a signal saves and stops"),
     # Beside training.
     refused("--inference", "this program trains", "generate with tools/generate.py"),

@@ -17,6 +17,18 @@ class OutputConfig:
     keep_last: int | None = option(
         None, doc="Newest checkpoints kept; all when not given. The last valid one always stays."
     )
+    keep_every: int | None = option(
+        None, doc="Checkpoints whose step is a multiple of this always stay, whatever keep_last says."
+    )
+    async_save: bool = option(
+        False, doc="Write checkpoints while training goes on; a step waits for the copy to host memory alone."
+    )
+    on_save_failure: str = option(
+        "stop",
+        doc="When a checkpoint cannot be written: stop, or continue with those that there are. The one at the end of a "
+        "run must succeed in either case.",
+        choices=("stop", "continue"),
+    )
     allow_fresh_start: bool = option(False, doc="Start from step 0 when load holds no valid checkpoint.")
     load_optim: bool = option(True, doc="Load optimizer state with the weights.")
     load_rng: bool = option(True, doc="Load the random-number states.")

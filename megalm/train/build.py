@@ -33,6 +33,7 @@ from megalm.train.engine import Engine, build_engine
 from megalm.train.evaluation import Evaluator
 from megalm.train.loop import Run
 from megalm.train.optimizer import build_optimizer
+from megalm.train.samples import sample_counts
 from megalm.train.saver import Saver
 from megalm.train.schedule import BatchSize, LearningRate
 from megalm.train.sinks import open_sinks
@@ -106,7 +107,7 @@ def build(plan: Plan, topology: Topology) -> Run:
     for line in (_summary(plan, topology), *notes(config)):
         console.info(line)
     batch_size = BatchSize.from_config(config.training, dp_size=topology.dp.size)
-    datasets = together(topology, partial(_open_datasets, plan, batch_size))
+    datasets = together(topology, partial(_open_datasets, plan))
     for line in datasets.report:
         console.info(line)
     streams = RngStreams(config.training.seed, tp=topology.tp, pp=topology.pp, dp=topology.dp, device=topology.device)
@@ -194,14 +195,12 @@ def _build_engine(config: Config, module: nn.Module, topology: Topology) -> Engi
     return build_engine(module, optimizer, settings, topology)
 
 
-def _open_datasets(plan: Plan, batch_size: BatchSize) -> Datasets:
+def _open_datasets(plan: Plan) -> Datasets:
     """Corpora and sample maps of every split; does not communicate."""
     training = plan.config.training
-    total = training.train_samples or batch_size.samples_for(training.train_iters or 0)
-    evaluated = training.eval_iters * batch_size.final if training.eval_interval or training.eval_only else 0
     datasets = build_datasets(
         plan.config.data,
-        num_samples={"train": total + batch_size.final, "valid": evaluated, "test": evaluated},
+        num_samples=sample_counts(plan.config, dp_size=plan.dp_size),
         seed=training.seed,
         vocab_size=plan.config.model.padded_vocab_size,
         tokenizer_size=plan.tokenizer.vocab_size,

@@ -77,8 +77,9 @@ def train(run: Run) -> int:
             evaluate(run, run.validation)
         if _is_due(run.state, run.config.output.save_interval):
             run.saver.save(run.state)
+        run.saver.poll()
         reason = run.stop.agree(run.state.step, run.topology)
-    run.saver.save_if_newer(run.state)
+    run.saver.save_last(run.state)
     run.console.info(f"stopped after step {run.state.step}: {reason.sentence}")
     if run.is_complete:
         evaluate(run, run.test)

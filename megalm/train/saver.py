@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from megalm.checkpoint.background import BackgroundSaver
 from megalm.checkpoint.find import find_checkpoint
 from megalm.checkpoint.identity import read_config
 from megalm.checkpoint.load import load_checkpoint
-from megalm.checkpoint.save import save_checkpoint
+from megalm.checkpoint.save import SaveReport, save_checkpoint
 from megalm.config.compare import differences
 from megalm.config.output import OutputConfig
 from megalm.config.root import Config
@@ -22,7 +25,11 @@ from megalm.train.state import TrainState
 
 @dataclass
 class Saver:
-    """Writes this run's checkpoints; without a folder to save in, it keeps nothing."""
+    """Writes this run's checkpoints, at once or in the background; without a folder to save in, it keeps nothing.
+
+    Every method but the constructor is collective: all ranks call it at the same step boundary, and a failure on one
+    rank is the same CheckpointError on all.
+    """
 
     config: Config
     topology: Topology
@@ -30,33 +37,94 @@ class Saver:
     streams: RngStreams
     console: Console
     saved_step: int = -1
+    """Step of the newest checkpoint that this run has published or begun to write."""
+    background: BackgroundSaver = field(init=False)
+
+    def __post_init__(self) -> None:
+        output = self.config.output
+        self.background = BackgroundSaver(self.topology, keep_last=output.keep_last, keep_every=output.keep_every)
 
     def save(self, state: TrainState) -> None:
-        """Publish a checkpoint of this step.
+        """Publish a checkpoint of this step, or with --async-save begin to.
 
-        Raises: CheckpointError, the same on every rank, if any rank cannot write its part.
+        Raises: CheckpointError if any rank cannot write its part, unless --on-save-failure continue.
         """
-        if self.config.output.save is None:
+        with self._failing_as_configured():
+            if self.config.output.async_save:
+                self._begin(state)
+            else:
+                self._write(state)
+
+    def poll(self) -> None:
+        """Notice that a checkpoint in the background is published, or has failed; called after every step.
+
+        Raises: CheckpointError if it failed, unless --on-save-failure continue.
+        """
+        with self._failing_as_configured():
+            self._report(self.background.poll())
+
+    def save_last(self, state: TrainState) -> None:
+        """Wait for a checkpoint in flight, and save this step unless it is on disk already.
+
+        Raises: CheckpointError if this step is not on disk in the end.
+        """
+        try:
+            self._report(self.background.finish())
+        except CheckpointError as error:
+            self.saved_step = -1
+            self.console.error(f"{error}\n  trying once more")
+        if state.step > self.saved_step:
+            self._write(state)
+
+    def _write(self, state: TrainState) -> None:
+        output = self.config.output
+        if output.save is None:
             return
         report = save_checkpoint(
             self.engine.raw,
-            self.config.output.save,
+            output.save,
             state.to_json(),
             config=self.config,
             topology=self.topology,
             rng=self.streams.state_dict(),
-            keep_last=self.config.output.keep_last,
+            keep_last=output.keep_last,
+            keep_every=output.keep_every,
         )
         self.saved_step = state.step
-        megabytes = report.num_bytes / 1e6
-        self.console.info(f"saved {report.path} ({megabytes:.1f} MB in {report.elapsed_seconds:.1f} s)")
+        self._report(report)
+
+    def _begin(self, state: TrainState) -> None:
+        if self.config.output.save is None:
+            return
+        earlier = self.background.start(
+            self.engine.raw,
+            self.config.output.save,
+            state.to_json(),
+            config=self.config,
+            rng=self.streams.state_dict(),
+        )
+        self._report(earlier)
+        self.saved_step = state.step
+
+    def _report(self, report: SaveReport | None) -> None:
+        if report is None:
+            return
+        megabytes, seconds = report.num_bytes / 1e6, report.elapsed_seconds
+        stall = f", training waited {report.stall_seconds:.2f} s" if self.config.output.async_save else ""
+        self.console.info(f"saved {report.path} ({megabytes:.1f} MB in {seconds:.1f} s{stall})")
         for problem in report.problems:
             self.console.warning(problem)
 
-    def save_if_newer(self, state: TrainState) -> None:
-        """Save unless this very step is already on disk."""
-        if state.step > self.saved_step:
-            self.save(state)
+    @contextlib.contextmanager
+    def _failing_as_configured(self) -> Iterator[None]:
+        """Let a failed save end the run, or say it loudly and go on with the checkpoints that there are."""
+        try:
+            yield
+        except CheckpointError as error:
+            if self.config.output.on_save_failure == "stop":
+                raise
+            self.saved_step = -1
+            self.console.error(f"{error}\n  training goes on, as --on-save-failure continue asks")
 
     def restore(self) -> TrainState:
         """The state to continue from: that of the checkpoint in `--load`, or step 0 without one.

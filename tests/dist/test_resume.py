@@ -21,6 +21,12 @@ CASES = {
     ),
     "dp2-zero1-bf16-recompute": (2, ["--bf16", "--zero-stage", "1", "--recompute-granularity", "full"]),
 }
+# How the interrupted run saves: one of them while it trains on.
+SAVING = {
+    "one-process": ["--keep-last", "1"],
+    "tp2-pp2-sequence-parallel": [],
+    "dp2-zero1-bf16-recompute": ["--async-save"],
+}
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +43,7 @@ def test_resuming_equals_never_having_stopped(case: str, corpus: str, tmp_path: 
     world_size, layout = CASES[case]
     flags = ["--data-path", corpus, *DROPOUT, *layout]
     whole = _train(world_size, flags, steps=12)
-    first = _train(world_size, [*flags, "--save", str(tmp_path)], steps=7)
+    first = _train(world_size, [*flags, "--save", str(tmp_path), "--save-interval", "3", *SAVING[case]], steps=7)
     second = _train(world_size, [*flags, "--load", str(tmp_path)], steps=12)
     for uninterrupted, before, after in zip(whole, first, second, strict=True):
         assert before.losses + after.losses == uninterrupted.losses

@@ -49,21 +49,36 @@ class RankOutcome:
     state: dict[str, Any]
 
 
+class Collector:
+    """A sink that keeps every step."""
+
+    def __init__(self) -> None:
+        self.steps: list[Any] = []
+
+    def log_step(self, m: Any) -> None:
+        self.steps.append(m)
+
+    def log_validation(self, step: int, consumed_samples: int, name: str, loss: float) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
 def train_tiny(flags: list[str]) -> RankOutcome:
     """Run the program on this rank; flags override the tiny model's."""
     from megalm.config.parse import parse_command_line
     from megalm.train.build import prepare, running
-    from megalm.train.loop import step
+    from megalm.train.loop import train
 
     config = parse_command_line([*MODEL_FLAGS, *TRAINING_FLAGS, *flags])
     with running(prepare(config)) as run:
-        metrics = []
-        while not run.is_complete:
-            metrics.append(step(run))
-        run.saver.save_if_newer(run.state)
+        collector = Collector()
+        run.sinks = [*run.sinks, collector]
+        train(run)
         return RankOutcome(
-            losses=[m.loss for m in metrics],
-            grad_norms=[m.grad_norm for m in metrics],
+            losses=[m.loss for m in collector.steps],
+            grad_norms=[m.grad_norm for m in collector.steps],
             weights=local_weights(run),
             tp_rank=run.topology.tp.rank,
             state=run.state.to_json(),
