@@ -14,12 +14,12 @@ from torch import Tensor
 from megalm.checkpoint import layout
 from megalm.checkpoint.durable import FileRecord, make_folder, remove_folder, rename, sync_folder, write_text
 from megalm.checkpoint.huggingface import Renamed, family_of, model_config, renamed
-from megalm.checkpoint.identity import stored_model
-from megalm.checkpoint.manifest import hash_file, read_manifest
+from megalm.checkpoint.manifest import hash_file
 from megalm.checkpoint.merge import LayerFiles
 from megalm.checkpoint.safetensors_file import Entry, write_safetensors
+from megalm.checkpoint.source import open_checkpoint
 from megalm.errors import CheckpointError
-from megalm.models.gpt.shape import GPTShape, gpt_shape
+from megalm.models.gpt.shape import GPTShape
 from megalm.models.gpt.weights import Weight, weight_table
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -72,17 +72,16 @@ def export_checkpoint(
     Raises: CheckpointError if the model cannot be expressed, the destination is there, or the checkpoint is damaged.
     """
     _check_destination(destination, overwrite=overwrite)
-    manifest = read_manifest(checkpoint)
-    shape = gpt_shape(stored_model(manifest, path=checkpoint))
+    source = open_checkpoint(checkpoint)
+    shape, layers = source.shape, source.layers
     family = family_of(shape)
-    layers = LayerFiles(checkpoint, shape)
     chosen = DTYPES[dtype] if dtype is not None else _stored_dtype(layers)
     planned = _plan(shape, family=family, dtype=chosen)
 
     temporary = destination.with_name(destination.name + ".tmp")
     remove_folder(temporary)
     make_folder(temporary)
-    export = Export(folder=temporary, family=family, shape=shape, step=manifest.step, dtype=chosen)
+    export = Export(folder=temporary, family=family, shape=shape, step=source.manifest.step, dtype=chosen)
     try:
         eod_id = save_tokenizer(temporary) if save_tokenizer is not None else None
         config = model_config(shape, family=family, dtype=_DTYPE_WORDS[chosen], eod_id=eod_id, seq_length=seq_length)

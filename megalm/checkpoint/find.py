@@ -7,6 +7,7 @@ from pathlib import Path
 
 from megalm.checkpoint import layout
 from megalm.checkpoint.agreement import exchange
+from megalm.checkpoint.bigscience import is_bigscience
 from megalm.checkpoint.manifest import check_file_name, read_manifest, verify
 from megalm.checkpoint.retention import published_checkpoints
 from megalm.errors import CheckpointError
@@ -31,6 +32,8 @@ def find_checkpoint(folder: str | Path, *, world: Group = SOLO, step: int | None
     for path in candidates:
         problems = _problems(path, world)
         if not problems:
+            if is_bigscience(path) and world.is_first:
+                warn(f"{path} is from another trainer and has no hashes: what is read cannot be verified")
             if rejected and world.is_first:
                 for remark in rejected:
                     warn(remark)
@@ -48,7 +51,7 @@ def _candidates(folder: Path, step: int | None) -> tuple[list[Path], list[str]]:
     """Paths in the order they are tried, and what is odd about the folder."""
     if not folder.is_dir():
         return [], [f"{folder} is not a folder"]
-    if (folder / layout.MANIFEST).is_file():
+    if (folder / layout.MANIFEST).is_file() or is_bigscience(folder):
         return [folder], []
     published = published_checkpoints(folder)
     if step is not None:
@@ -71,6 +74,8 @@ def _candidates(folder: Path, step: int | None) -> tuple[list[Path], list[str]]:
 
 def _problems(path: Path, world: Group) -> list[str]:
     """Problems that any rank finds in its share of the files; the same list on every rank."""
+    if is_bigscience(path):
+        return []  # There is nothing to verify it by, which `find_checkpoint` says.
     try:
         manifest = read_manifest(path)
     except CheckpointError as error:

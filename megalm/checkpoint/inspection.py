@@ -7,12 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from megalm.checkpoint import layout
-from megalm.checkpoint.identity import stored_model
 from megalm.checkpoint.manifest import read_manifest, verify
-from megalm.checkpoint.merge import LayerFiles
+from megalm.checkpoint.source import open_checkpoint
 from megalm.checkpoint.tensor_files import check_finite, read_tensors, tensors_of
 from megalm.errors import CheckpointError
-from megalm.models.gpt.shape import gpt_shape
 
 
 @dataclass
@@ -58,7 +56,7 @@ def inspect_checkpoint(
             except CheckpointError as error:
                 result.problems.append(str(error))
     try:
-        layers = LayerFiles(folder, gpt_shape(stored_model(manifest, path=folder)))
+        layers = open_checkpoint(folder).layers
         for _ in layers.iterate():
             pass
         result.problems += [

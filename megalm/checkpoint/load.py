@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,15 +10,14 @@ from typing import Any
 
 from megalm.checkpoint import layout
 from megalm.checkpoint.agreement import agree
-from megalm.checkpoint.identity import check_same_model, read_config, stored_model
-from megalm.checkpoint.manifest import Manifest, read_manifest
+from megalm.checkpoint.identity import check_same_model, read_config
+from megalm.checkpoint.manifest import Manifest
 from megalm.checkpoint.optimizer_files import read_engine_state
 from megalm.checkpoint.restore import Restorer
+from megalm.checkpoint.source import Source, open_checkpoint
 from megalm.checkpoint.tensor_files import read_tensors
 from megalm.config.compare import differences
 from megalm.config.root import Config
-from megalm.errors import CheckpointError
-from megalm.models.gpt.shape import gpt_shape
 from megalm.topology.topology import Topology
 
 
@@ -57,26 +55,26 @@ def load_checkpoint(
     Raises: CheckpointError, the same on every rank, if the checkpoint is of another model, or unreadable.
     """
     path = Path(path)
-    manifest = read_manifest(path)
-    check_same_model(manifest, config, path=path)
+    source = open_checkpoint(path)
+    check_same_model(source.manifest, config, path=path)
     failure: Exception | None = None
     drift: dict[str, float] = {}
     try:
-        source = gpt_shape(stored_model(manifest, path=path))
-        restorer = Restorer(engine, path, source, tp=topology.tp, optimizer=load_optimizer and not weights_only)
+        optimizer = source.optimizer() if load_optimizer and not weights_only else None
+        restorer = Restorer(engine, source.layers, optimizer, tp=topology.tp)
         with restoring(engine):
             restorer.restore()
-        drift = restorer.drift
+        drift = source.layers.drift
         if not weights_only:
-            _restore_counters(engine, path)
+            _restore_counters(engine, source)
     except Exception as error:
         failure = error
     agree(failure, topology.world, doing=f"loading {path}")
     return Loaded(
         path=path,
-        manifest=manifest,
-        state=read_train_state(path),
-        rng=_read_rng(path, topology, manifest),
+        manifest=source.manifest,
+        state=source.train_state,
+        rng=_read_rng(path, topology, source.manifest),
         differences=_differences(path, config),
         drift=drift,
     )
@@ -96,27 +94,12 @@ def restoring(engine: Any) -> Iterator[None]:
             after()
 
 
-def _restore_counters(engine: Any, path: Path) -> None:
+def _restore_counters(engine: Any, source: Source) -> None:
     names = (layout.model_file(0), layout.sharded_model_file(dp_rank=0, mp_rank=0))
     for name in names:
-        for counter, value in read_engine_state(path / name).items():
+        for counter, value in read_engine_state(source.folder / name, read=source.read).items():
             if counter in ("global_steps", "global_samples", "skipped_steps") and isinstance(value, int):
                 setattr(engine, counter, value)
-
-
-def read_train_state(path: Path) -> dict[str, Any]:
-    """The content of train_state.json.
-
-    Raises: CheckpointError if it cannot be read or is no JSON object.
-    """
-    file = path / layout.TRAIN_STATE
-    try:
-        state = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file} cannot be read: {error}") from error
-    if not isinstance(state, dict):
-        raise CheckpointError(f"{file} holds no JSON object")
-    return state
 
 
 def _differences(path: Path, config: Config) -> tuple[str, ...]:

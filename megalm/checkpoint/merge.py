@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from megalm.checkpoint import layout
+from megalm.checkpoint.fused_qkv import CURRENT, in_current_order
 from megalm.checkpoint.tensor_files import read_tensors
 from megalm.errors import CheckpointError
 from megalm.models.gpt.shape import GPTShape
@@ -23,11 +24,12 @@ class LayerFiles:
 
     folder: Path
     shape: GPTShape
+    qkv_version: float = CURRENT
     drift: dict[str, float] = field(default_factory=dict)
     """Replicated weights whose copies differ, with the largest difference of an element from their mean."""
 
     def __post_init__(self) -> None:
-        self.tp_size = _tensor_parallel_size(self.folder)
+        self.tp_size = tensor_parallel_size(self.folder)
 
     def read_layer(self, index: int) -> list[dict[str, Any]]:
         """The contents of one layer's files, by tensor rank; tensors are read when they are touched."""
@@ -71,10 +73,10 @@ class LayerFiles:
                 f"{file}: {weight.key} has shape {list(part.shape)}, and the model's is {expected}\n"
                 "  the shard is from another model or another tensor-parallel size"
             )
-        return part
+        return in_current_order(weight, part, version=self.qkv_version, head_size=self.shape.block.head_size)
 
 
-def _tensor_parallel_size(folder: Path) -> int:
+def tensor_parallel_size(folder: Path) -> int:
     """How many shards each layer has.
 
     Raises: CheckpointError if there are no layer files, or not the same number for each layer.

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 from megalm.checkpoint import layout
+from megalm.checkpoint.fused_qkv import in_current_order
+from megalm.checkpoint.merge import LayerFiles
 from megalm.checkpoint.tensor_files import InertState, read_tensors
 from megalm.errors import CheckpointError
 from megalm.models.gpt.shape import GPTShape
@@ -23,6 +25,8 @@ from megalm.models.gpt.weights import EMBEDDING_LAYER, TIED_KEY, Weight, weight_
 
 MASTER = "fp32"
 MOMENTS = ("exp_avg", "exp_avg_sq")
+Reader = Callable[..., Any]
+"""`read_tensors`, or `read_with_stand_ins` for files of other programs."""
 PARAMETER_GROUPS = "megalm_parameter_groups"
 """Key in the engine-state files: names of the weights of each optimizer group (ZeRO-0) or sub-group (ZeRO-3)."""
 
@@ -58,7 +62,10 @@ class LocalState:
 class OptimizerFiles:
     """The optimizer states of one checkpoint. Tensors are read when they are touched."""
 
-    def __init__(self, folder: Path, shape: GPTShape, *, tp_size: int) -> None:
+    def __init__(self, layers: LayerFiles, *, read: Reader = read_tensors) -> None:
+        folder, shape, tp_size = layers.folder, layers.shape, layers.tp_size
+        self._layers = layers
+        self._read = read
         self._folder = folder
         self._tp_size = tp_size
         self._names = _local_names(shape)
@@ -96,7 +103,11 @@ class OptimizerFiles:
             return self.state(weight, 0).pieces[key].range(0, weight.numel).view(shape)
         shape[weight.partition_dim] //= self._tp_size
         count = weight.numel // self._tp_size
-        parts = [self.state(weight, rank).pieces[key].range(0, count).view(shape) for rank in range(self._tp_size)]
+        version, head_size = self._layers.qkv_version, self._layers.shape.block.head_size
+        parts = []
+        for rank in range(self._tp_size):
+            part = self.state(weight, rank).pieces[key].range(0, count).view(shape)
+            parts.append(in_current_order(weight, part, version=version, head_size=head_size))
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=weight.partition_dim)
 
     def loss_scaler(self) -> dict[str, Any] | None:
@@ -137,17 +148,17 @@ class OptimizerFiles:
 
     def _partition(self, mp_rank: int, dp_rank: int) -> dict[str, Any]:
         path = self._partitions[mp_rank][dp_rank]
-        content = read_tensors(path, mmap=True)
+        content = self._read(path, mmap=True)
         state = content.get("optimizer_state_dict") if isinstance(content, dict) else None
         if not isinstance(state, dict):
             raise CheckpointError(f"{path} holds no optimizer state")
         return state
 
     def _engine_state(self, mp_rank: int) -> dict[str, Any]:
-        return read_engine_state(self._folder / layout.model_file(mp_rank))
+        return read_engine_state(self._folder / layout.model_file(mp_rank), read=self._read)
 
     def _sharded_engine_state(self, mp_rank: int) -> dict[str, Any]:
-        return read_engine_state(self._folder / layout.sharded_model_file(dp_rank=0, mp_rank=mp_rank))
+        return read_engine_state(self._folder / layout.sharded_model_file(dp_rank=0, mp_rank=mp_rank), read=self._read)
 
     def _weight(self, local: str) -> Weight:
         if local not in self._names:
@@ -159,14 +170,14 @@ class OptimizerFiles:
         return weight.numel if weight.partition_dim is None else weight.numel // self._tp_size
 
 
-def read_engine_state(path: Path) -> dict[str, Any]:
+def read_engine_state(path: Path, *, read: Reader = read_tensors) -> dict[str, Any]:
     """The content of an engine-state file, or nothing if it is not there.
 
     Raises: CheckpointError.
     """
     if not path.is_file():
         return {}
-    state = read_tensors(path, mmap=True)
+    state = read(path, mmap=True)
     if not isinstance(state, dict):
         raise CheckpointError(f"{path} holds no engine state")
     return state

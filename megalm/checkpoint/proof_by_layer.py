@@ -15,9 +15,8 @@ from torch import Tensor, nn
 from megalm.checkpoint.foreign import ForeignWeights
 from megalm.checkpoint.huggingface import BLOOM, family_of, renamed
 from megalm.checkpoint.identity import stored_model
-from megalm.checkpoint.manifest import read_manifest
-from megalm.checkpoint.merge import LayerFiles
 from megalm.checkpoint.proof import LOGIT_TOLERANCE
+from megalm.checkpoint.source import open_checkpoint
 from megalm.errors import CheckpointError
 from megalm.models.blocks.block import ParallelTransformerLayer
 from megalm.models.blocks.embedding import GPTEmbedding
@@ -51,9 +50,10 @@ class _Comparison:
     def __init__(self, folder: Path, checkpoint: Path, *, dtype: torch.dtype) -> None:
         from transformers import AutoConfig
 
-        self.plan = plan_gpt(stored_model(read_manifest(checkpoint), path=checkpoint))
+        source = open_checkpoint(checkpoint)
+        self.plan = plan_gpt(stored_model(source.manifest, path=checkpoint))
         self.shape = self.plan.shape
-        self._layers = LayerFiles(checkpoint, self.shape)
+        self._layers = source.layers
         self._theirs = ForeignWeights(folder)
         self._dtype = dtype
         self._family = family_of(self.shape)

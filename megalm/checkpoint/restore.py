@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from megalm.checkpoint.engine_optimizer import OptimizerState, ShardedState, optimizer_state_of
+from megalm.checkpoint.fused_qkv import CURRENT
 from megalm.checkpoint.merge import LayerFiles
 from megalm.checkpoint.optimizer_files import MASTER, MOMENTS, OptimizerFiles
 from megalm.checkpoint.split import shard
@@ -35,36 +35,25 @@ class Restorer:
     the bytes that it keeps.
     """
 
-    def __init__(self, engine: Any, folder: Path, source: GPTShape, *, tp: Group, optimizer: bool) -> None:
+    def __init__(self, engine: Any, layers: LayerFiles, optimizer: OptimizerFiles | None, *, tp: Group) -> None:
         self._engine = engine
         self._tp = tp
-        self._layers = LayerFiles(folder, source)
-        self._source = {weight.name: weight for weight in weight_table(source)}
-        self._files = OptimizerFiles(folder, source, tp_size=self._layers.tp_size)
-        self._with_optimizer = optimizer and self._files.exists
+        self._layers = layers
+        self._source = {weight.name: weight for weight in weight_table(layers.shape)}
+        self._files = optimizer if optimizer is not None and optimizer.exists else None
         self._layer: tuple[int, list[dict[str, Any]]] = (-1, [])
-
-    @property
-    def has_optimizer(self) -> bool:
-        """Whether optimizer states are restored."""
-        return self._with_optimizer
-
-    @property
-    def drift(self) -> dict[str, float]:
-        """Replicated weights whose stored copies differ; their mean was loaded."""
-        return self._layers.drift
 
     @torch.no_grad()
     def restore(self) -> None:
         """Set weights, fp32 masters and, where they are loaded, Adam's moments."""
         state = optimizer_state_of(self._engine.optimizer)
-        if self._with_optimizer:
+        if self._files is not None:
             state.prepare()
         for weight, parameter in named_parameters(self._engine.module):
             self._restore_one(weight, parameter, state)
         state.finish()
-        if self._with_optimizer:
-            self._restore_loss_scaler()
+        if self._files is not None:
+            self._restore_loss_scaler(self._files)
 
     def _restore_one(self, weight: Weight, parameter: nn.Parameter, state: OptimizerState) -> None:
         stored = self._source.get(weight.name)
@@ -80,11 +69,11 @@ class Restorer:
         if owned is None:
             return
         flat = value.reshape(-1)
-        if not self._with_optimizer:
+        if self._files is None:
             state.put(parameter, MASTER, flat[owned[0] : owned[1]])
             return
         pieces = self._files.state(stored, 0 if stored.partition_dim is None else self._source_rank).pieces
-        same = self._same_shards(stored, weight)
+        same = self._same_shards(stored, weight) and self._layers.qkv_version >= CURRENT
         for key in (MASTER, *MOMENTS):
             if key not in pieces:
                 part = flat[owned[0] : owned[1]] if key == MASTER else None
@@ -119,7 +108,7 @@ class Restorer:
             whole = self._fitted(self._layers.merge(stored, shards), stored, weight, parameter, MASTER)
             value = shard(weight, whole, tp_rank=self._tp.rank, tp_size=self._tp.size)
         wider = value.dtype != torch.float32 and parameter.dtype != value.dtype
-        if wider and self._with_optimizer and MASTER in self._files.state(stored, 0).pieces:
+        if wider and self._files is not None and MASTER in self._files.state(stored, 0).pieces:
             whole = self._fitted(self._files.whole(stored, MASTER), stored, weight, parameter, MASTER)
             value = shard(weight, whole, tp_rank=self._tp.rank, tp_size=self._tp.size)
         return value
@@ -137,8 +126,8 @@ class Restorer:
             return whole[:rows]
         return torch.cat([whole, whole.new_zeros(rows - whole.size(0), *whole.shape[1:])])
 
-    def _restore_loss_scaler(self) -> None:
-        stored = self._files.loss_scaler()
+    def _restore_loss_scaler(self, files: OptimizerFiles) -> None:
+        stored = files.loss_scaler()
         scaler = getattr(self._engine.optimizer, "loss_scaler", None)
         if stored is not None and scaler is not None:
             known = vars(scaler)

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from megalm.checkpoint.identity import stored_model
-from megalm.checkpoint.manifest import read_manifest
-from megalm.checkpoint.merge import LayerFiles
+from megalm.checkpoint.source import open_checkpoint
 from megalm.models.gpt.build import plan_gpt
 from megalm.models.gpt.model import GPT
 from megalm.models.gpt.weights import named_in_model
@@ -23,11 +22,11 @@ def load_model(checkpoint: Path, *, dtype: torch.dtype = torch.float32, rounded_
     With `rounded_to`, weights go through that dtype on their way, as an export in it makes them.
     Raises: CheckpointError if the checkpoint is damaged.
     """
-    model_config = stored_model(read_manifest(checkpoint), path=checkpoint)
-    model = GPT(plan_gpt(model_config)).eval()
+    source = open_checkpoint(checkpoint)
+    model = GPT(plan_gpt(stored_model(source.manifest, path=checkpoint))).eval()
     parameters = dict(named_in_model(model, model.plan.shape))
     with torch.no_grad():
-        for weight, tensor in LayerFiles(checkpoint, model.plan.shape).iterate():
+        for weight, tensor in source.layers.iterate():
             parameters[weight.name].copy_(tensor.to(rounded_to) if rounded_to is not None else tensor)
     model.requires_grad_(False)
     return model.to(dtype)

@@ -74,7 +74,8 @@ def read_tensors(path: Path, *, allowed: tuple[Allowed, ...] = INERT_STAND_INS, 
     """
     try:
         with torch.serialization.safe_globals(list(allowed)):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+            # Files from before torch 1.6 are no zip archives and cannot be mapped.
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         reason = str(error).splitlines()[0]
         raise CheckpointError(f"{path} holds something other than tensors and is not loaded: {reason}") from error

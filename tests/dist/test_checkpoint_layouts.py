@@ -9,11 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from megalm.checkpoint.identity import stored_model
-from megalm.checkpoint.manifest import read_manifest
-from megalm.checkpoint.merge import LayerFiles
-from megalm.checkpoint.optimizer_files import MASTER, MOMENTS, OptimizerFiles
-from megalm.models.gpt.shape import gpt_shape
+from megalm.checkpoint.optimizer_files import MASTER, MOMENTS
+from megalm.checkpoint.source import open_checkpoint
 from megalm.models.gpt.weights import weight_table
 from tests.support.ranks import run_ranks
 
@@ -85,9 +82,8 @@ def load_and_save_again(pairs: list[tuple[str, str]], options: dict[str, Any]) -
 
 def consolidated(folder: Path) -> dict[str, torch.Tensor]:
     """Every weight, fp32 master where there is one, and both moments, whole."""
-    shape = gpt_shape(stored_model(read_manifest(folder), path=folder))
-    layers = LayerFiles(folder, shape)
-    files = OptimizerFiles(folder, shape, tp_size=layers.tp_size)
+    source = open_checkpoint(folder)
+    shape, layers, files = source.shape, source.layers, source.optimizer()
     found = {weight.name: tensor.float() for weight, tensor in layers.iterate()}
     assert layers.drift == {}
     for weight in weight_table(shape):

@@ -6,17 +6,15 @@ import pytest
 import torch
 
 from megalm.checkpoint import layout
-from megalm.checkpoint.identity import stored_model
-from megalm.checkpoint.manifest import read_manifest
 from megalm.checkpoint.merge import LayerFiles
+from megalm.checkpoint.source import open_checkpoint
 from megalm.checkpoint.tensor_files import read_tensors
 from megalm.errors import CheckpointError
-from megalm.models.gpt.shape import gpt_shape
 from tests.support.checkpoints import bloom_config, gptmeg_config, write_checkpoint
 
 
 def layers_of(folder: Path) -> LayerFiles:
-    return LayerFiles(folder, gpt_shape(stored_model(read_manifest(folder), path=folder)))
+    return open_checkpoint(folder).layers
 
 
 @pytest.mark.parametrize("config", [bloom_config(), gptmeg_config()], ids=["bloom", "gptmeg"])
