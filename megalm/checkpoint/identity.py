@@ -6,6 +6,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from megalm.checkpoint import layout
 from megalm.checkpoint.manifest import Manifest
 from megalm.config.model import ModelConfig
@@ -52,7 +54,11 @@ def read_config(folder: Path) -> Config | None:
         text = file.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{file} cannot be read: {error}") from error
-    return config_from_yaml(text, name=str(file))
+    try:
+        return config_from_yaml(text, name=str(file))
+    except (yaml.YAMLError, RecursionError) as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"{file} is no configuration: {reason}") from error
 
 
 def stored_model(manifest: Manifest, *, path: Path) -> ModelConfig:

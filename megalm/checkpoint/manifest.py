@@ -52,7 +52,7 @@ def read_manifest(folder: Path) -> Manifest:
         if path.stat().st_size > _MAX_MANIFEST_BYTES:
             raise CheckpointError(f"{path} is larger than any manifest ({_MAX_MANIFEST_BYTES} bytes)")
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
     try:
         return _manifest_of(content)

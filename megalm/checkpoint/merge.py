@@ -68,6 +68,8 @@ class LayerFiles:
         expected = list(weight.shape)
         if weight.partition_dim is not None:
             expected[weight.partition_dim] //= self.tp_size
+        if not part.is_floating_point():
+            raise CheckpointError(f"{file}: {weight.key} holds {part.dtype}, and weights are floating-point")
         if list(part.shape) != expected:
             raise CheckpointError(
                 f"{file}: {weight.key} has shape {list(part.shape)}, and the model's is {expected}\n"
