@@ -88,6 +88,7 @@ def run(options: argparse.Namespace) -> None:
             dtype=best_dtype(tokenizer.vocab_size),
             keys=keys,
             eod_id=tokenizer.eod_id if options.append_eod else None,
+            splittable=encoder.splittable,
         ),
         workers=options.workers,
         block_bytes=options.block_bytes,

@@ -66,11 +66,15 @@ class Block:
         with self.path.open("rb") as file:
             file.seek(self.path_offset)
             content = file.read(self.size)
-        if self.spooled:
-            self.path.unlink(missing_ok=True)
+        self.discard()
         if len(content) != self.size:
             raise DataError(f"{self.path} became shorter while it was read: {len(content)} of {self.size} bytes")
         return content
+
+    def discard(self) -> None:
+        """Delete the scratch file, if there is one; nothing can be read afterwards."""
+        if self.spooled and self.path is not None:
+            self.path.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)

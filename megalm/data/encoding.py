@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,7 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from megalm.data.documents import Block
-from megalm.data.lines import BadLine, read_lines
+from megalm.data.lines import BadLine, LongDocument, read_lines, read_long_lines
+from megalm.data.long_line import LONG_LINE_BYTES, LongText
 from megalm.errors import DataError
 
 EncodeText = Callable[[str], Sequence[int]]
@@ -28,6 +29,8 @@ class Recipe:
     eod_id: int | None = None
     """Appended to every document that is not empty."""
     split_sentences: SplitSentences | None = None
+    splittable: bool = False
+    """Whether a text cut between a letter or digit and a space gives the same ids in pieces as in one."""
 
 
 @dataclass
@@ -59,9 +62,20 @@ def encode_block(block: Block, format_name: str, recipe: Recipe) -> Encoded:
     """
     packers = [_Packer(recipe) for _ in recipe.keys]
     result = Encoded({})
-    found = read_lines(
-        block.read(), format_name=format_name, keys=recipe.keys, first_line=block.first_line, offset=block.offset
-    )
+    found: Iterator[LongDocument | BadLine]
+    if _by_pieces(block, format_name, recipe) and block.path is not None:
+        found = read_long_lines(
+            block.path,
+            block.path_offset,
+            block.size,
+            keys=recipe.keys,
+            first_line=block.first_line,
+            offset=block.offset,
+        )
+    else:
+        found = read_lines(
+            block.read(), format_name=format_name, keys=recipe.keys, first_line=block.first_line, offset=block.offset
+        )
     for document in found:
         if isinstance(document, BadLine):
             result.bad.append(document)
@@ -69,9 +83,16 @@ def encode_block(block: Block, format_name: str, recipe: Recipe) -> Encoded:
         result.num_documents += 1
         kept = [packer.add(text) for packer, text in zip(packers, document, strict=True)]
         result.num_empty += not all(kept)
+    block.discard()
     for key, packer in zip(recipe.keys, packers, strict=True):
         result.packed[key] = packer.packed()
     return result
+
+
+def _by_pieces(block: Block, format_name: str, recipe: Recipe) -> bool:
+    """Whether the block holds a line that should not be in memory whole, and need not be."""
+    long = block.size > LONG_LINE_BYTES and block.path is not None
+    return long and format_name == "json" and recipe.splittable and recipe.split_sentences is None
 
 
 class _Packer:
@@ -84,25 +105,34 @@ class _Packer:
         self._sentences: list[int] = []
         self._end = np.array([recipe.eod_id], recipe.dtype) if recipe.eod_id is not None else None
 
-    def add(self, text: str) -> bool:
+    def add(self, text: str | LongText) -> bool:
         """Append a document; False if it gave no token and so is left out."""
-        texts = (text,) if self.recipe.split_sentences is None else self.recipe.split_sentences(text)
-        count = 0
-        for part in texts:
-            ids = np.asarray(self.recipe.encode(part), np.int64)
-            if not len(ids):
-                continue
-            self._check(ids)
-            self._parts.append(ids.astype(self.recipe.dtype))
-            self._lengths.append(len(ids))
-            count += 1
-        if not count:
+        if isinstance(text, LongText):
+            lengths = [self._append(text.cut_before_spaces())]
+        elif self.recipe.split_sentences is None:
+            lengths = [self._append([text])]
+        else:
+            lengths = [self._append([sentence]) for sentence in self.recipe.split_sentences(text)]
+        lengths = [length for length in lengths if length]
+        if not lengths:
             return False
         if self._end is not None:
             self._parts.append(self._end)
-            self._lengths[-1] += 1
-        self._sentences.append(count)
+            lengths[-1] += 1
+        self._lengths += lengths
+        self._sentences.append(len(lengths))
         return True
+
+    def _append(self, pieces: Iterable[str]) -> int:
+        """Append the ids of a sequence that comes in pieces; returns how many there are."""
+        count = 0
+        for piece in pieces:
+            ids = np.asarray(self.recipe.encode(piece), np.int64)
+            if len(ids):
+                self._check(ids)
+                self._parts.append(ids.astype(self.recipe.dtype))
+                count += len(ids)
+        return count
 
     def packed(self) -> Packed:
         """All documents so far."""

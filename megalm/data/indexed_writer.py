@@ -47,7 +47,7 @@ class IndexedWriter:
         self._largest = int(np.iinfo(self.dtype).max)
         self._vocab_size = vocab_size
         self._digest = hashlib.sha256()
-        self._scratch = {name: Path(f"{prefix}.{name}.tmp") for name in (*STREAMS, "idx", "meta")}
+        self._scratch = scratch_paths(self.prefix)
         self._files: dict[str, BinaryIO] = {}
         existing = [path for path in (tokens_path(prefix), index_path(prefix)) if path.exists()]
         if existing and not overwrite:
@@ -130,22 +130,24 @@ class IndexedWriter:
     def publish(self, *, sidecar: Mapping[str, Any] | None = None) -> None:
         """Write the index and the sidecar, flush everything to the disk, and give the files their names."""
         try:
-            for file in self._files.values():
-                _sync(file)
-                file.close()
-            idx_digest = self._write_index()
-            self._write_sidecar(idx_digest, sidecar or {})
-            # An old index must never stand beside new tokens, so it goes first and the new one comes last.
-            index_path(self.prefix).unlink(missing_ok=True)
-            os.replace(self._scratch["bin"], tokens_path(self.prefix))
-            os.replace(self._scratch["meta"], sidecar_path(self.prefix))
-            os.replace(self._scratch["idx"], index_path(self.prefix))
-            sync_folder(Path(self.prefix).parent)
+            self.prepare(sidecar=sidecar)
+            commit(self.prefix)
         except OSError as error:
             self.abort()
             raise DataError(f"cannot write {self.prefix}.idx: {error.strerror}") from error
-        for name in ("lengths", "bounds"):
-            self._scratch[name].unlink(missing_ok=True)
+        except DataError:
+            self.abort()
+            raise
+
+    def prepare(self, *, sidecar: Mapping[str, Any] | None = None) -> None:
+        """All of `publish` but the names: after this, `commit` can be done at any time, by any process."""
+        try:
+            for file in self._files.values():
+                _sync(file)
+                file.close()
+            self._write_sidecar(self._write_index(), sidecar or {})
+        except OSError as error:
+            raise DataError(f"cannot write {self.prefix}.idx: {error.strerror}") from error
 
     def abort(self, *, keep: bool = False) -> None:
         """Close, and remove what was written unless it is to be resumed; nothing is published."""
@@ -232,6 +234,27 @@ class IndexedWriter:
             text = json.dumps({"format": 1, "files": files, **counts, **content}, indent=1, ensure_ascii=False)
             file.write(text.encode() + b"\n")
             _sync(file)
+
+
+def scratch_paths(prefix: str) -> dict[str, Path]:
+    """The files that a corpus is written to before it has its names."""
+    return {name: Path(f"{prefix}.{name}.tmp") for name in (*STREAMS, "idx", "meta")}
+
+
+def commit(prefix: str) -> None:
+    """Give the files of a prepared corpus their names. Cut off in the middle, it can be done again."""
+    scratch = scratch_paths(prefix)
+    if scratch["idx"].exists():
+        # An old index must never stand beside new tokens, so it goes first and the new one comes last.
+        index_path(prefix).unlink(missing_ok=True)
+        if scratch["bin"].exists():
+            os.replace(scratch["bin"], tokens_path(prefix))
+        if scratch["meta"].exists():
+            os.replace(scratch["meta"], sidecar_path(prefix))
+        os.replace(scratch["idx"], index_path(prefix))
+    sync_folder(Path(prefix).parent)
+    for name in ("lengths", "bounds"):
+        scratch[name].unlink(missing_ok=True)
 
 
 def _parts(path: Path) -> Iterator[bytes]:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+from megalm.data.long_line import PIECE, LongLineError, LongText, skeleton
 
 BOM = b"\xef\xbb\xbf"
 
@@ -23,6 +26,9 @@ class BadLine:
 Document = tuple[str, ...]
 """The text of each key."""
 
+LongDocument = tuple[str | LongText, ...]
+"""The text of each key, or where it lies."""
+
 
 def read_lines(
     content: bytes, *, format_name: str, keys: Sequence[str], first_line: int, offset: int
@@ -39,6 +45,41 @@ def read_lines(
         except _RefusedError as error:
             yield BadLine(number, offset + start, str(error))
         start, number = stop + 1, number + 1
+
+
+def read_long_lines(
+    path: Path, start: int, size: int, *, keys: Sequence[str], first_line: int, offset: int
+) -> Iterator[LongDocument | BadLine]:
+    """The document of each line of a part of a JSON file, with texts that are too long for memory left in the file."""
+    line = _JsonLine(keys)
+    for number, (begin, length) in enumerate(_line_extents(path, start, size), start=first_line):
+        try:
+            content, names = skeleton(path, begin, length)
+            texts = tuple(names.get(text, text) for text in line.parse(content))
+            for long in names.values():
+                # Every long string is decoded once before a token is made of it, so that a bad one leaves no trace.
+                for _ in long.pieces():
+                    pass
+            yield texts
+        except (_RefusedError, LongLineError) as error:
+            yield BadLine(number, offset + begin - start, str(error))
+
+
+def _line_extents(path: Path, start: int, size: int) -> Iterator[tuple[int, int]]:
+    """Where each line of a part of a file starts, and its bytes without the line feed."""
+    begin, at = start, start
+    with path.open("rb") as file:
+        file.seek(start)
+        while at < start + size:
+            piece = file.read(min(PIECE, start + size - at))
+            found = piece.find(b"\n")
+            while found >= 0:
+                yield begin, at + found - begin
+                begin = at + found + 1
+                found = piece.find(b"\n", found + 1)
+            at += len(piece)
+    if begin < at:
+        yield begin, at - begin
 
 
 class _RefusedError(Exception):

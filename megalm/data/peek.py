@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from megalm.data.documents import Source, blocks
 from megalm.data.lines import BadLine, read_lines
+from megalm.data.long_line import LONG_LINE_BYTES
 from megalm.errors import DataError
 
 SAMPLE_DOCUMENTS = 64
@@ -15,14 +16,22 @@ SAMPLE_BLOCK = 1 << 16
 
 
 def iterate_texts(
-    sources: Sequence[Source], keys: Sequence[str], *, skip_bad_lines: bool = False, block_bytes: int = 1 << 20
+    sources: Sequence[Source],
+    keys: Sequence[str],
+    *,
+    skip_bad_lines: bool = False,
+    block_bytes: int = 1 << 20,
+    longest: int | None = None,
 ) -> Iterator[str]:
-    """Every text of the keys, in order.
+    """Every text of the keys, in order; blocks of more than `longest` bytes are left out.
 
     Raises: DataError at the first bad line, unless such lines are skipped.
     """
     for block in blocks(sources, block_bytes=block_bytes):
         source = sources[block.source]
+        if longest is not None and block.size > longest:
+            block.discard()
+            continue
         found = read_lines(
             block.read(), format_name=source.format, keys=keys, first_line=block.first_line, offset=block.offset
         )
@@ -40,7 +49,7 @@ def first_texts(sources: Sequence[Source], keys: Sequence[str]) -> list[str]:
     each = max(1, SAMPLE_DOCUMENTS // max(1, len(sources)))
     for source in sources:
         for text in itertools.islice(
-            iterate_texts([source], keys, skip_bad_lines=True, block_bytes=SAMPLE_BLOCK), each
+            iterate_texts([source], keys, skip_bad_lines=True, block_bytes=SAMPLE_BLOCK, longest=LONG_LINE_BYTES), each
         ):
             found.append(text[: 1 << 13])
             left -= len(found[-1])

@@ -16,7 +16,7 @@ from typing import Any
 from megalm.data.documents import BLOCK_BYTES, MAX_LINE_BYTES, Block, Position, Source, blocks
 from megalm.data.encoding import Encoded, Recipe, encode_block
 from megalm.data.indexed import index_path, tokens_path
-from megalm.data.indexed_writer import IndexedWriter
+from megalm.data.indexed_writer import IndexedWriter, commit
 from megalm.data.lines import BadLine
 from megalm.data.workers import encode_in_order
 from megalm.errors import DataError
@@ -88,12 +88,17 @@ class _Work:
 
     def run(self) -> Progress:
         job = self.job
-        _check_space(job)
         saved = self._read_journal() if job.resume else None
         start = Position(**saved["position"]) if saved else Position()
         if saved:
             self.progress = Progress(**saved["progress"])
             self.bad = saved["bad"]
+            if saved["publishing"]:
+                return self._finish()
+        else:
+            # The journal of an earlier attempt describes files that are now overwritten.
+            job.journal.unlink(missing_ok=True)
+        _check_space(job)
         earlier = self.progress.seconds
         hashes = _Hashes(job.sources)
         writers: dict[str, IndexedWriter] = {}
@@ -109,19 +114,29 @@ class _Work:
                 self._take(block, encoded, writers)
                 self.progress.seconds = earlier + time.monotonic() - self.started
                 if time.monotonic() - journaled > job.journal_seconds:
-                    self._write_journal(_after(block), writers)
+                    self._write_journal(_after(block), {key: writer.flush() for key, writer in writers.items()})
                     journaled = time.monotonic()
                 self.report(self.progress)
             self.progress.seconds = earlier + time.monotonic() - self.started
-            sidecars = {key: self._sidecar(key, writer, hashes.get()) for key, writer in writers.items()}
             for key, writer in writers.items():
-                writer.publish(sidecar=sidecars[key])
+                writer.prepare(sidecar=self._sidecar(key, writer, hashes.get()))
+            # From here on a kill leaves nothing but names to be given.
+            self._write_journal(start, {}, publishing=True)
         except BaseException:
             for writer in writers.values():
                 writer.abort(keep=job.journal.exists())
             raise
+        return self._finish()
+
+    def _finish(self) -> Progress:
+        """Publish every corpus, list the bad lines, and forget the journal."""
+        for key in self.job.recipe.keys:
+            try:
+                commit(self.job.corpus_prefix(key))
+            except OSError as error:
+                raise DataError(f"cannot publish {self.job.corpus_prefix(key)}: {error.strerror}") from error
         self._write_bad_lines()
-        job.journal.unlink(missing_ok=True)
+        self.job.journal.unlink(missing_ok=True)
         return self.progress
 
     def _encoded(self, start: Position) -> Iterator[tuple[Block, Encoded]]:
@@ -167,13 +182,16 @@ class _Work:
         identity: dict[str, Any] = json.loads(json.dumps(content))
         return identity
 
-    def _write_journal(self, position: Position, writers: dict[str, IndexedWriter]) -> None:
+    def _write_journal(
+        self, position: Position, states: dict[str, dict[str, int]], *, publishing: bool = False
+    ) -> None:
         content = {
             "identity": self._identity(),
             "position": asdict(position),
             "progress": asdict(self.progress),
             "bad": self.bad,
-            "writers": {key: writer.flush() for key, writer in writers.items()},
+            "writers": states,
+            "publishing": publishing,
         }
         scratch = self.job.journal.with_suffix(".tmp")
         with scratch.open("w", encoding="utf-8") as file:

@@ -56,8 +56,7 @@ def encode_in_order(
             worker.stop()
         threads.shutdown(wait=True)
         for block, _ in waiting:
-            if block.spooled and block.path is not None:
-                block.path.unlink(missing_ok=True)
+            block.discard()
 
 
 class _Worker:

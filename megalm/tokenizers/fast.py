@@ -31,6 +31,9 @@ FASTER_PATTERNS = {
     GPT2_PATTERN: r"'(?:s|t|re|ve|m|ll|d)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++\z|\s+(?!\S)|\s"
 }
 
+SPLITTABLE = frozenset(FASTER_PATTERNS.values())
+SPACE_IN_MARK = re.compile("[0-9A-Za-z][ \n]")
+
 BOUNDARY = "\ufdd0"
 """A code point that is no character, put into text where a piece must end."""
 
@@ -59,6 +62,8 @@ class Encoder:
     """tiktoken or the tokenizer's own."""
     reason: str
     """Why this one, for the log."""
+    splittable: bool = False
+    """Whether text cut between an ASCII letter or digit and a space or line feed gives the same ids in pieces."""
 
 
 def choose_encoder(tokenizer: Tokenizer, sample: Sequence[str], *, requested: str = "auto") -> Encoder:
@@ -77,7 +82,10 @@ def choose_encoder(tokenizer: Tokenizer, sample: Sequence[str], *, requested: st
     for text in sample:
         if list(encode(text)) != tokenizer.encode(text):
             return Encoder(tokenizer.encode, "tokenizers", f"tiktoken differs on {text[:40]!r} of this input")
-    return Encoder(encode, "tiktoken", f"equal on the whole vocabulary and on {len(sample)} documents of this input")
+    splittable = _splittable(json.loads(backend.to_str()))
+    return Encoder(
+        encode, "tiktoken", f"equal on the whole vocabulary and on {len(sample)} documents of this input", splittable
+    )
 
 
 def compile_fast(backend: tokenizers.Tokenizer) -> Encode:
@@ -136,6 +144,11 @@ def _with_boundaries(
         return table[found]  # type: ignore[return-value]
 
     return encode
+
+
+def _splittable(spec: dict[str, Any]) -> bool:
+    """For the expressions known to start a new piece at a space or line feed after a letter or digit."""
+    return _pattern(spec) in SPLITTABLE and not any(SPACE_IN_MARK.search(token) for token in _special_tokens(spec))
 
 
 def _pattern(spec: dict[str, Any]) -> str:

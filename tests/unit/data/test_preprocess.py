@@ -256,3 +256,69 @@ def test_worker_that_dies_is_reported(tmp_path: Path) -> None:
             recipe=recipe(encode=lambda text: os.kill(os.getpid(), signal.SIGKILL)),
             block_bytes=100,
         )
+
+
+@pytest.mark.parametrize("ascii_only", [True, False])
+@pytest.mark.parametrize("compressed", [True, False])
+def test_long_lines_give_the_same_bytes_in_pieces(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, ascii_only: bool, compressed: bool
+) -> None:
+    draw = random.Random(3)
+    letters = ["a1 ", "word", "\n", " ", "\\", '"', "é", "中", "😀", "\t", "/"]
+    records = [
+        {
+            "text": "".join(draw.choices(letters, k=draw.choice([5, 400]))),
+            "other": ["x" * draw.choice([2, 300]), {"a": 1}],
+        }
+        for _ in range(60)
+    ]
+    content = "".join(json.dumps(record, ensure_ascii=ascii_only) + "\n" for record in records).encode()
+    source = tmp_path / ("a.jsonl.gz" if compressed else "a.jsonl")
+    source.write_bytes(gzip.compress(content) if compressed else content)
+    run([source], tmp_path / "plain")
+    for module, name, value in (
+        ("encoding", "LONG_LINE_BYTES", 50),
+        ("long_line", "LONG_STRING_BYTES", 100),
+        ("long_line", "PIECE", 40),
+        ("lines", "PIECE", 40),
+        ("documents", "SPOOL_BYTES", 10),
+    ):
+        monkeypatch.setattr(f"megalm.data.{module}.{name}", value)
+    run([source], tmp_path / "out", recipe=recipe(splittable=True), workers=2, block_bytes=500)
+    assert corpus_bytes(tmp_path / "out") == corpus_bytes(tmp_path / "plain")
+    assert not list(tmp_path.glob("*.lines"))
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        (b'{"text": "' + b"a" * 500 + b"\xff" + b'"}', "not UTF-8"),
+        (b'{"text": "' + b"a" * 500 + b"\\ud800 " + b'"}', "half a surrogate pair"),
+        (b'{"text": "' + b"a" * 500 + b"\\q" + b'"}', "not JSON"),
+        (b'{"text": "' + b"a" * 500, "not JSON"),
+        (b'{"text": "a", "other": "' + b"a" * 500 + b"\x01" + b'"}', "not JSON"),
+        (b'{"other": "' + b"a" * 500 + b'"}', "no key 'text'"),
+    ],
+)
+def test_broken_long_lines_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: bytes, reason: str) -> None:
+    for module, name, value in (("encoding", "LONG_LINE_BYTES", 50), ("long_line", "LONG_STRING_BYTES", 100)):
+        monkeypatch.setattr(f"megalm.data.{module}.{name}", value)
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "good"}\n' + line + b"\n")
+    with pytest.raises(DataError, match=f"line 2, byte 17: {reason}"):
+        run([tmp_path / "a.jsonl"], tmp_path / "out", recipe=recipe(splittable=True))
+
+
+def test_kill_between_the_names_of_a_corpus_is_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = write_lines(tmp_path / "a.jsonl", ["abc"] * 5)
+    run([source], tmp_path / "plain")
+
+    def die(prefix: str) -> None:
+        os.replace(f"{prefix}.bin.tmp", f"{prefix}.bin")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("megalm.data.preprocess.commit", die)
+        with pytest.raises(KeyboardInterrupt):
+            run([source], tmp_path / "out")
+    run([source], tmp_path / "out", resume=True)
+    assert corpus_bytes(tmp_path / "out") == corpus_bytes(tmp_path / "plain")
