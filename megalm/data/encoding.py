@@ -136,7 +136,13 @@ class _Packer:
 
     def packed(self) -> Packed:
         """All documents so far."""
-        tokens = np.concatenate(self._parts) if self._parts else np.empty(0, self.recipe.dtype)
+        tokens = np.empty(sum(map(len, self._parts)), self.recipe.dtype)
+        filled = 0
+        # A part is let go as soon as it is copied, so that a long document is not in memory twice.
+        while self._parts:
+            part = self._parts.pop()
+            tokens[len(tokens) - filled - len(part) : len(tokens) - filled] = part
+            filled += len(part)
         return Packed(tokens, np.array(self._lengths, np.int32), np.array(self._sentences, np.int32))
 
     def _check(self, ids: npt.NDArray[np.int64]) -> None:

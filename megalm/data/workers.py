@@ -10,6 +10,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from typing import Any
 
+import numpy as np
+
 from megalm.data.documents import Block, Source
 from megalm.data.encoding import Encoded, Recipe, encode_block
 from megalm.errors import DataError
@@ -73,7 +75,7 @@ class _Worker:
         """Have a block encoded; an error there is raised here."""
         try:
             self._pipe.send((block, format_name))
-            answer = self._pipe.recv()
+            answer = self._receive()
         except (EOFError, OSError) as error:
             self._process.join(1)
             raise DataError(
@@ -84,6 +86,16 @@ class _Worker:
             raise answer
         encoded: Encoded = answer
         return encoded
+
+    def _receive(self) -> Encoded | Exception:
+        """An answer; token ids come by themselves, straight into their array."""
+        answer: Encoded | Exception = self._pipe.recv()
+        if isinstance(answer, Encoded):
+            for packed in answer.packed.values():
+                packed.tokens = np.empty(int(packed.lengths.sum(dtype=np.int64)), packed.tokens.dtype)
+                if len(packed.tokens):
+                    self._pipe.recv_bytes_into(packed.tokens.view(np.uint8).data)
+        return answer
 
     def stop(self) -> None:
         """End the process, at once if it is in the middle of a block."""
@@ -110,6 +122,19 @@ def _serve(pipe: Connection[Any, Any], parents: Connection[Any, Any], recipe: Re
         except Exception as error:
             answer = error
         try:
-            pipe.send(answer)
+            _send(pipe, answer)
         except OSError:
             return
+
+
+def _send(pipe: Connection[Any, Any], answer: Encoded | Exception) -> None:
+    """Send an answer, its token ids without a copy: of a long document they are a hundred megabytes."""
+    tokens = []
+    if isinstance(answer, Encoded):
+        for packed in answer.packed.values():
+            tokens.append(packed.tokens)
+            packed.tokens = np.empty(0, packed.tokens.dtype)
+    pipe.send(answer)
+    for part in tokens:
+        if len(part):
+            pipe.send_bytes(part.view(np.uint8).data)
