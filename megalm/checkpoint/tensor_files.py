@@ -30,6 +30,7 @@ class InertState:
 
 
 INERT_STAND_INS: tuple[Allowed, ...] = (
+    FragmentAddress,
     (FragmentAddress, "deepspeed.utils.tensor_fragment.fragment_address"),
     (InertState, "deepspeed.runtime.fp16.loss_scaler.LossScaler"),
     (InertState, "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler"),

@@ -1,0 +1,63 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from megalm.checkpoint import layout
+from megalm.checkpoint.find import find_checkpoint
+from megalm.checkpoint.inspection import inspect_checkpoint
+from megalm.checkpoint.reshape import reshape_checkpoint
+from megalm.checkpoint.source import open_checkpoint
+from megalm.errors import CheckpointError
+from tests.support.bigscience import STEP, write_bigscience
+from tests.support.checkpoints import bloom_config, gptmeg_config, write_checkpoint
+
+
+@pytest.mark.parametrize("tp_size, pp_size", [(1, 1), (2, 2), (4, 1)])
+@pytest.mark.parametrize("version", [0, 3.0])
+def test_a_reshaped_checkpoint_holds_the_same_weights_and_moments(
+    tmp_path: Path, tp_size: int, pp_size: int, version: float
+) -> None:
+    truth = write_bigscience(tmp_path / "old" / "global_step7", bloom_config(), version=version)
+    old = find_checkpoint(tmp_path / "old", warn=str)
+    reshape_checkpoint(old, tmp_path / "new", tp_size=tp_size, pp_size=pp_size)
+    path = find_checkpoint(tmp_path / "new")
+    assert inspect_checkpoint(path).problems == []
+    source = open_checkpoint(path)
+    assert source.layers.tp_size == tp_size
+    assert len(list(path.glob("mp_rank_*"))) == tp_size * pp_size
+    files = source.optimizer()
+    for weight, tensor in source.layers.iterate():
+        assert torch.equal(tensor, truth[weight.name]["fp32"].bfloat16()), weight.name
+        for key, expected in truth[weight.name].items():
+            assert torch.equal(files.whole(weight, key), expected), (weight.name, key)
+        assert files.state(weight, 0).step == STEP
+    assert source.train_state["consumed_samples"] == 28
+
+
+def test_weights_alone_are_reshaped_too(tmp_path: Path) -> None:
+    weights = write_checkpoint(tmp_path / "run" / "global_step3", gptmeg_config(), tp_size=2)
+    path = reshape_checkpoint(tmp_path / "run" / "global_step3", tmp_path / "new", tp_size=4, pp_size=2)
+    source = open_checkpoint(path)
+    assert not source.optimizer().exists
+    for (weight, expected), (_, actual) in zip(weights, source.layers.iterate(), strict=True):
+        assert torch.equal(expected, actual), weight.name
+
+
+@pytest.mark.parametrize("tp_size, pp_size, words", [(3, 1, "cannot be cut into 3"), (1, 3, "3 pipeline stages")])
+def test_sizes_that_do_not_fit_are_refused_and_leave_nothing(
+    tmp_path: Path, tp_size: int, pp_size: int, words: str
+) -> None:
+    write_checkpoint(tmp_path / "run" / "global_step3", bloom_config())
+    with pytest.raises(CheckpointError, match=words):
+        reshape_checkpoint(tmp_path / "run" / "global_step3", tmp_path / "new", tp_size=tp_size, pp_size=pp_size)
+    assert not list(tmp_path.glob("new/*"))
+
+
+def test_a_step_that_is_there_is_not_overwritten(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "run" / "global_step3", bloom_config())
+    with pytest.raises(CheckpointError, match="exists"):
+        reshape_checkpoint(tmp_path / "run" / "global_step3", tmp_path / "run", tp_size=2, pp_size=1)
+    assert not (tmp_path / "run" / layout.LATEST).exists()
