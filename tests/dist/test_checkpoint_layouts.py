@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from megalm.checkpoint.optimizer_files import MASTER, MOMENTS
+from megalm.checkpoint.reshape import reshape_checkpoint
 from megalm.checkpoint.source import open_checkpoint
 from megalm.models.gpt.weights import weight_table
 from tests.support.ranks import run_ranks
@@ -131,6 +132,17 @@ def test_a_checkpoint_loads_in_another_layout_and_stage(tmp_path: Path) -> None:
 
 def test_bf16_masters_survive_another_layout(tmp_path: Path) -> None:
     assert check_pairs(tmp_path, ["221"], ["114"], dtype="bf16") == 1
+
+
+def test_an_offline_reshape_loads_like_its_source(tmp_path: Path) -> None:
+    run_ranks(train_and_save, 2, str(tmp_path / "112"), options_of("112"))
+    reshape_checkpoint(tmp_path / "112" / "global_step3", tmp_path / "reshaped", tp_size=2, pp_size=2)
+    pairs = [(str(tmp_path / "reshaped"), str(tmp_path / "loaded"))]
+    run_ranks(load_and_save_again, 4, pairs, options_of("221"))
+    expected = consolidated(tmp_path / "112" / "global_step3")
+    for folder in ("reshaped", "loaded"):
+        for name, tensor in consolidated(tmp_path / folder / "global_step3").items():
+            assert torch.equal(tensor, expected[name]), (folder, name)
 
 
 @pytest.mark.slow

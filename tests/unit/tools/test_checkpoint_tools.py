@@ -11,7 +11,7 @@ from megalm.checkpoint import layout
 from megalm.checkpoint.durable import replace_text
 from tests.support.checkpoints import bloom_config, gptmeg_config, write_checkpoint
 from tests.support.tokenizer_folder import write_tokenizer
-from tools import export_hf, generate, verify_checkpoint
+from tools import convert_checkpoint, export_hf, generate, import_hf, inspect_checkpoint, verify_checkpoint
 
 PROMPT = "def main"
 
@@ -109,3 +109,39 @@ def rewrite_with_manifest(file: Path, change: Any) -> None:
     manifest = read_manifest(file.parent)
     files = tuple(record if old.name == record.name else old for old in manifest.files)
     (file.parent / layout.MANIFEST).write_text(replace(manifest, files=files).to_json())
+
+
+def test_import_convert_and_inspect_agree_about_every_tensor(
+    run_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("transformers")
+    base = run_folder.parent
+    assert export_hf.main(["--load", str(run_folder), "--save", str(base / "hf")]) == 0
+    assert import_hf.main(["--model", str(base / "hf"), "--save", str(base / "imported")]) == 0
+    arguments = ["--load", str(base / "imported"), "--save", str(base / "converted")]
+    # 257 ids pad to 264 rows, which 4 and 2 divide.
+    assert convert_checkpoint.main([*arguments, "--tensor-model-parallel-size", "4"]) == 0
+    capsys.readouterr()
+    assert inspect_checkpoint.main(["--load", str(run_folder), "--diff", str(base / "converted")]) == 0
+    said = capsys.readouterr().out
+    assert "every tensor is bit-equal" in said
+    assert "tp 2, pp 1" in said
+    assert "tp 4, pp 1" in said
+
+
+def test_inspection_names_the_tensor_that_differs(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import shutil
+
+    other = run_folder.parent / "other" / "global_step3"
+    shutil.copytree(run_folder / "global_step3", other)
+
+    def change(state: dict[str, Any]) -> None:
+        state["mlp.dense_4h_to_h.weight"][0, 0] += 0.5
+
+    rewrite_with_manifest(other / layout.layer_file(layout.block_index(1), 1), change)
+    arguments = ["--load", str(run_folder), "--diff", str(other), "--norms"]
+    assert inspect_checkpoint.main(arguments) == 1
+    said = capsys.readouterr().out
+    assert "1 tensors differ" in said
+    assert "differs by up to 5.000e-01" in said
+    assert said.count("h.1.mlp.dense_4h_to_h.weight") == 2  # its norm, its difference

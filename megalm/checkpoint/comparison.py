@@ -1,0 +1,91 @@
+"""Norms of what a checkpoint holds, and the differences of two, whatever their layouts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from megalm.checkpoint.optimizer_files import MASTER, MOMENTS
+from megalm.checkpoint.source import Source, open_checkpoint
+
+
+@dataclass(frozen=True)
+class TensorReport:
+    """One tensor of a checkpoint, whole."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    norm: float
+    """2-norm, in fp64."""
+
+
+@dataclass(frozen=True)
+class TensorDifference:
+    """One tensor of two checkpoints."""
+
+    name: str
+    largest: float
+    """Largest difference of an element; infinity if one side lacks it or has another shape."""
+    relative: float
+    """2-norm of the difference over that of the first."""
+
+
+def tensor_reports(checkpoint: Path, *, optimizer: bool = True) -> Iterator[TensorReport]:
+    """Every weight, and with `optimizer` its fp32 master and moments. Holds one layer at a time."""
+    for name, tensor in _tensors(open_checkpoint(checkpoint), optimizer=optimizer):
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        yield TensorReport(name, dtype, tuple(tensor.shape), tensor.double().norm().item())
+
+
+def tensor_differences(first: Path, second: Path, *, optimizer: bool = True) -> Iterator[TensorDifference]:
+    """The tensors that are not bit-equal. Holds one layer of each at a time.
+
+    Both must be of models with the same number of layers and the same kinds of weights, or tensors are missing.
+    """
+    left = _tensors(open_checkpoint(first), optimizer=optimizer)
+    right = _tensors(open_checkpoint(second), optimizer=optimizer)
+    ours, theirs = next(left, None), next(right, None)
+    while ours is not None or theirs is not None:
+        if ours is not None and theirs is not None and ours[0] == theirs[0]:
+            difference = _difference(ours[0], ours[1], theirs[1])
+            if difference is not None:
+                yield difference
+            ours, theirs = next(left, None), next(right, None)
+        elif theirs is None or (ours is not None and _is_state(ours[0])):
+            assert ours is not None
+            yield TensorDifference(f"{ours[0]} (in the first alone)", float("inf"), float("inf"))
+            ours = next(left, None)
+        else:
+            yield TensorDifference(f"{theirs[0]} (in the second alone)", float("inf"), float("inf"))
+            theirs = next(right, None)
+
+
+def _is_state(name: str) -> bool:
+    """Whether this is an optimizer state, which the other checkpoint may lack while it has the weight."""
+    return name.endswith(tuple(f" {key}" for key in (MASTER, *MOMENTS)))
+
+
+def _tensors(source: Source, *, optimizer: bool) -> Iterator[tuple[str, Tensor]]:
+    files = source.optimizer()
+    for weight, tensor in source.layers.iterate():
+        yield weight.name, tensor
+        if optimizer and files.exists:
+            pieces = files.state(weight, 0).pieces
+            for key in (MASTER, *MOMENTS):
+                if key in pieces:
+                    yield f"{weight.name} {key}", files.whole(weight, key)
+
+
+def _difference(name: str, ours: Tensor, theirs: Tensor) -> TensorDifference | None:
+    if ours.shape != theirs.shape:
+        return TensorDifference(f"{name} ({list(ours.shape)} and {list(theirs.shape)})", float("inf"), float("inf"))
+    delta = ours.double() - theirs.double()
+    largest = delta.abs().max().item()
+    if largest == 0.0:
+        return None
+    norm = ours.double().norm().item()
+    return TensorDifference(name, largest, delta.norm().item() / norm if norm else float("inf"))

@@ -1,0 +1,102 @@
+#!/usr/bin/env python
+"""Show what a checkpoint is: step, layout, sizes, the norm of every tensor; or where two checkpoints differ.
+
+With --diff the exit code is 0 if every tensor is bit-equal and 1 if not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from pathlib import Path
+
+from megalm.errors import MegalmError
+
+KINDS = {
+    "weights": re.compile(r"layer_.*"),
+    "optimizer": re.compile(r".*_optim_states\.pt"),
+    "engine state": re.compile(r".*model_states\.pt"),
+    "random numbers": re.compile(r"rng_.*"),
+    "descriptions": re.compile(r".*"),
+}
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    result = argparse.ArgumentParser(
+        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    result.add_argument("--load", type=Path, required=True, help="folder that a run saved to, or one checkpoint in it")
+    result.add_argument("--step", type=int, help="step of the checkpoint; default: the one that `latest` names")
+    result.add_argument("--norms", action="store_true", help="list every tensor with its norm")
+    result.add_argument("--diff", type=Path, help="another checkpoint, of any layout, to compare tensor by tensor")
+    result.add_argument("--weights-only", action="store_true", help="leave out optimizer states")
+    return result
+
+
+def describe(checkpoint: Path) -> None:
+    """Print step, layout, model and sizes."""
+    from megalm.checkpoint.source import open_checkpoint
+    from megalm.models.gpt.weights import weight_table
+
+    source = open_checkpoint(checkpoint)
+    manifest = source.manifest
+    print(f"{checkpoint}: step {manifest.step}")
+    print(f"  layout     {', '.join(f'{name} {value}' for name, value in manifest.layout.items())}")
+    shape = source.shape
+    print(
+        f"  model      {shape.num_layers} layers, hidden {shape.hidden_size}, {shape.block.num_heads} heads, "
+        f"{shape.vocab_rows} rows of vocabulary, {sum(weight.numel for weight in weight_table(shape)):,} parameters"
+    )
+    print(f"  progress   {', '.join(f'{name} {value}' for name, value in source.train_state.items())}")
+    print(f"  versions   {', '.join(f'{name} {value}' for name, value in manifest.versions.items()) or 'unknown'}")
+    sizes = dict.fromkeys(KINDS, 0)
+    for path in checkpoint.iterdir():
+        kind = next(kind for kind, pattern in KINDS.items() if pattern.fullmatch(path.name))
+        sizes[kind] += path.stat().st_size
+    print(f"  size       {', '.join(f'{kind} {size / 1e6:.2f} MB' for kind, size in sizes.items() if size)}")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Describe, list, compare."""
+    from megalm.checkpoint.comparison import tensor_differences, tensor_reports
+    from megalm.checkpoint.find import find_checkpoint
+
+    checkpoint = find_checkpoint(options.load, step=options.step, warn=warn)
+    describe(checkpoint)
+    with_optimizer = not options.weights_only
+    if options.norms:
+        for report in tensor_reports(checkpoint, optimizer=with_optimizer):
+            print(f"  {report.norm:12.6g}  {report.dtype:<9}{list(report.shape)!s:<16}{report.name}")
+    if options.diff is None:
+        return 0
+    other = find_checkpoint(options.diff, warn=warn)
+    describe(other)
+    different = 0
+    for difference in tensor_differences(checkpoint, other, optimizer=with_optimizer):
+        different += 1
+        print(
+            f"  differs by up to {difference.largest:.3e} (relative norm {difference.relative:.3e})  {difference.name}"
+        )
+    print("every tensor is bit-equal" if different == 0 else f"{different} tensors differ")
+    return 0 if different == 0 else 1
+
+
+def warn(message: str) -> None:
+    """Print a warning."""
+    print(f"warning: {message}", file=sys.stderr)
+
+
+def main(arguments: list[str]) -> int:
+    """Run the tool and return its exit code."""
+    options = parser().parse_args(arguments)
+    try:
+        return run(options)
+    except MegalmError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return error.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
