@@ -15,9 +15,12 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Thread
 from types import TracebackType
 from typing import BinaryIO
 
+# Below this, starting a thread costs more than hashing.
+_CONCURRENT_BYTES = 1 << 20
 PASSING_ERRORS = frozenset({errno.EIO, errno.EAGAIN, errno.EINTR, errno.ESTALE, errno.ETIMEDOUT, errno.EBUSY})
 RETRY_PAUSES_SECONDS = (0.1, 0.5, 2.0)
 
@@ -44,10 +47,18 @@ class HashingFile:
         self._file = open_new(path)
 
     def write(self, data: bytes | bytearray | memoryview) -> int:
-        """Append and hash."""
-        write_all(self._file, data)
-        self._hash.update(data)
+        """Append and hash, both at once where that is worth a thread. The caller may reuse `data` afterwards."""
         length = memoryview(data).nbytes
+        if length < _CONCURRENT_BYTES:
+            self._hash.update(data)
+            write_all(self._file, data)
+        else:
+            hasher = Thread(target=self._hash.update, args=(data,), name="megalm hash")
+            hasher.start()
+            try:
+                write_all(self._file, data)
+            finally:
+                hasher.join()
         self._bytes += length
         return length
 

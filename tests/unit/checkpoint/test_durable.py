@@ -11,7 +11,7 @@ from megalm.checkpoint import durable
 
 
 def test_record_is_that_of_the_bytes_on_the_disk(tmp_path: Path) -> None:
-    content = b"ab" * 5000
+    content = b"ab" * (1 << 20)  # large enough to be hashed beside the write
     record = durable.write_file(tmp_path / "x.bin", lambda file: [file.write(content), file.write(b"!")] and None)
     on_disk = (tmp_path / "x.bin").read_bytes()
     assert on_disk == content + b"!"
