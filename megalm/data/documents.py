@@ -25,7 +25,7 @@ MAX_LINE_BYTES = 1 << 30
 
 PIECE = 1 << 20
 
-FORMATS = {".jsonl": "json", ".json": "json", ".ndjson": "json", ".txt": "text", ".parquet": "parquet"}
+FORMATS = {".jsonl": "json", ".json": "json", ".ndjson": "json", ".txt": "text"}
 COMPRESSIONS = (".gz", ".zst")
 
 
@@ -35,7 +35,7 @@ class Source:
 
     path: Path
     format: str
-    """json: an object a line; text: a document a line; parquet: a row each."""
+    """json: an object a line; text: a document a line."""
     compression: str
     """"", ".gz" or ".zst"."""
     size_bytes: int

@@ -96,6 +96,20 @@ def test_compressed_input_gives_the_same_bytes(tmp_path: Path, texts: list[str])
     assert corpus_bytes(tmp_path / "out") == corpus_bytes(tmp_path / "plain")
 
 
+def test_zstandard_input_gives_the_same_bytes_and_is_refused_when_cut(tmp_path: Path, texts: list[str]) -> None:
+    zstandard = pytest.importorskip("zstandard")
+    source = write_lines(tmp_path / "a.jsonl", texts)
+    raw = source.read_bytes()
+    packed = b"".join(zstandard.ZstdCompressor().compress(part) for part in (raw[:1000], raw[1000:]))
+    (tmp_path / "b.jsonl.zst").write_bytes(packed)
+    run([source], tmp_path / "plain")
+    run([tmp_path / "b.jsonl.zst"], tmp_path / "out", block_bytes=500)
+    assert corpus_bytes(tmp_path / "out") == corpus_bytes(tmp_path / "plain")
+    (tmp_path / "c.jsonl.zst").write_bytes(packed[:-9])
+    with pytest.raises(DataError, match="c.jsonl.zst is damaged after byte"):
+        run([tmp_path / "c.jsonl.zst"], tmp_path / "cut")
+
+
 def test_several_keys_make_a_corpus_each(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"title": "T", "text": "ab"}\n{"title": "", "text": "c"}\n')
     run([tmp_path / "a.jsonl"], tmp_path / "out", recipe=recipe(keys=("text", "title")))
