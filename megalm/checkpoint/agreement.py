@@ -2,26 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.distributed
 
 from megalm.errors import CheckpointError
+from megalm.topology.agree import exchange
 from megalm.topology.group import Group
 from megalm.topology.topology import Topology
-
-
-def exchange(value: Any, world: Group) -> list[Any]:
-    """Every rank's value, in rank order.
-
-    Communicates: one all-gather of small objects over `world`.
-    """
-    if world.size == 1:
-        return [value]
-    values: list[Any] = [None] * world.size
-    torch.distributed.all_gather_object(values, value, group=world.handle)
-    return values
 
 
 class AnyOf:

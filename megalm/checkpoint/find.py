@@ -6,11 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from megalm.checkpoint import layout
-from megalm.checkpoint.agreement import exchange
 from megalm.checkpoint.bigscience import is_bigscience
 from megalm.checkpoint.manifest import check_file_name, read_manifest, verify
 from megalm.checkpoint.retention import published_checkpoints
 from megalm.errors import CheckpointError
+from megalm.topology.agree import exchange
 from megalm.topology.group import SOLO, Group
 
 Warn = Callable[[str], None]
@@ -27,7 +27,7 @@ def find_checkpoint(folder: str | Path, *, world: Group = SOLO, step: int | None
     here.
     """
     folder = Path(folder)
-    candidates, remarks = exchange(_candidates(folder, step) if world.is_first else None, world)[0]
+    candidates, remarks = exchange(_candidates(folder, step) if world.is_first else ([], []), world)[0]
     rejected: list[str] = list(remarks)
     for path in candidates:
         problems = _problems(path, world)

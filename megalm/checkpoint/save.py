@@ -12,11 +12,12 @@ from typing import Any
 import torch
 
 from megalm.checkpoint import layout
-from megalm.checkpoint.agreement import agree, exchange
+from megalm.checkpoint.agreement import agree
 from megalm.checkpoint.draft import Draft
 from megalm.checkpoint.engine_files import FileEngine, write_engine_files
 from megalm.checkpoint.retention import Retention
 from megalm.config.root import Config
+from megalm.topology.agree import exchange
 from megalm.topology.topology import Topology
 
 

@@ -3,14 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch.distributed
 
 from megalm.errors import MegalmError
+from megalm.topology.group import Group
 from megalm.topology.topology import Topology
 
 Result = TypeVar("Result")
+
+
+def exchange(value: Result, world: Group) -> list[Result]:
+    """Every rank's value, in rank order.
+
+    Communicates: one all-gather of small objects over `world`.
+    """
+    if world.size == 1:
+        return [value]
+    values: list[Any] = [None] * world.size
+    torch.distributed.all_gather_object(values, value, group=world.handle)
+    return values
 
 
 def together(topology: Topology, action: Callable[[], Result]) -> Result:
@@ -28,10 +41,7 @@ def together(topology: Topology, action: Callable[[], Result]) -> Result:
         result = action()
     except MegalmError as error:
         failure = error
-    if topology.world.size > 1:
-        failures: list[MegalmError | None] = [None] * topology.world.size
-        torch.distributed.all_gather_object(failures, failure, group=topology.world.handle)
-        failure = next((error for error in failures if error is not None), None)
+    failure = next((error for error in exchange(failure, topology.world) if error is not None), None)
     if failure is not None:
         raise failure
     return result  # type: ignore[return-value]  # no failure anywhere: result is this rank's
