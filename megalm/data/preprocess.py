@@ -97,7 +97,8 @@ class _Work:
                 return self._finish()
         else:
             # The journal of an earlier attempt describes files that are now overwritten.
-            job.journal.unlink(missing_ok=True)
+            if job.journal.exists():
+                job.journal.unlink()
         _check_space(job)
         earlier = self.progress.seconds
         hashes = _Hashes(job.sources)
