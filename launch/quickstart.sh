@@ -30,10 +30,10 @@ require_module deepspeed
 require_module transformers
 
 if $fast; then
-    corpus_mb=6 first_stop=200 steps=260 eval_interval=100 margin=0.0001
-    overrides=(training.eval_iters=10 training.lr_warmup_iters=30)
+    corpus_mb=6 first_stop=150 steps=200 eval_interval=50 margin=0.0001
+    overrides=(training.eval_iters=10 training.lr_warmup_iters=40)
 else
-    corpus_mb=24 first_stop=800 steps=1000 eval_interval=100 margin=1.0
+    corpus_mb=24 first_stop=600 steps=800 eval_interval=100 margin=1.0
     overrides=()
 fi
 
