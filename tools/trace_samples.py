@@ -86,6 +86,8 @@ def chosen(options: argparse.Namespace, config: Config) -> Iterator[tuple[int | 
         return
     first, last = bounds(options.steps, "--steps", least=1)
     for step, numbers in samples_of_steps(config, first, last, dp_size=options.data_parallel_size):
+        if not numbers:
+            print(f"step {step} was left out (--skip-train-iteration-range)", file=sys.stderr)
         for number in numbers:
             yield step, number
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 
 from megalm.config.failures import Failure, origin_of, raise_if_any
 from megalm.config.root import Config
+from megalm.config.step_ranges import parse_step_ranges
 
 Check = Callable[[Config], Iterator[Failure]]
 
@@ -48,8 +49,8 @@ def check(config: Config, *, world_size: int, device_type: str, vocab_size: int 
 def static_failures(config: Config) -> list[Failure]:
     """The failures that can be told without processes, device or tokenizer."""
     checks: tuple[Check, ...] = (
-        _ranges, _shape, _positions, _pipeline, _zero, _duration, _schedule, _ramp_up, _precision, _corpora, _tokenizer,
-        _checkpoints,
+        _ranges, _shape, _positions, _pipeline, _zero, _duration, _skipped, _schedule, _ramp_up, _precision, _corpora,
+        _tokenizer, _checkpoints,
     )  # fmt: skip
     return [failure for one in checks for failure in one(config)]
 
@@ -178,6 +179,14 @@ def _duration(config: Config) -> Iterator[Failure]:
             origins(config, "training.eval_only"),
             "pass --load FOLDER",
         )
+
+
+def _skipped(config: Config) -> Iterator[Failure]:
+    path = "training.skip_train_iteration_range"
+    try:
+        parse_step_ranges(config.get(path))
+    except ValueError as error:
+        yield Failure(f"{path}: {error}", origins(config, path), "1000-1100 2000-2010")
 
 
 def _schedule(config: Config) -> Iterator[Failure]:

@@ -34,11 +34,6 @@ REFUSALS = (
     ),
     refused("--reweight-loss-based-on-position-frequency", "every position weighs the same", "remove it"),
     refused("--prefix-lm", "attention is causal over the whole sample", "remove it for causal language modelling"),
-    refused(
-        "--skip-train-iteration-range",
-        "steps cannot be left out",
-        "remove it, or leave the data out of the training groups",
-    ),
     refused("--data-sharding", "the order of samples does not depend on the layout", "remove it"),
     refused("--no-data-sharding", "the order of samples does not depend on the layout", "remove it"),
     refused("--curriculum-learning", "seq_length is the same in every step", "remove it"),

@@ -21,6 +21,11 @@ class TrainingConfig:
     )
     train_iters: int | None = option(None, doc="Steps to train. Excludes train_samples.")
     train_samples: int | None = option(None, doc="Samples to train. Excludes train_iters.")
+    skip_train_iteration_range: tuple[str, ...] = option(
+        (),
+        doc="FIRST-LAST ...: steps that are counted, with their samples, but neither read nor trained on; both ends "
+        "included. For data that made the loss jump.",
+    )
     exit_interval: int | None = option(None, doc="Save and stop at the first step that is a multiple of this.")
     exit_duration_minutes: float | None = option(None, doc="Save and stop at the first step past this many minutes.")
     kill_switch_path: str | None = option(None, doc="Save and stop when this file exists.")

@@ -115,7 +115,10 @@ def build(plan: Plan, topology: Topology) -> Run:
     engine = _build_engine(config, module, topology)
     saver = Saver(config, topology, engine, streams, console)
     state = saver.restore()
-    feed = partial(_feed, plan, topology)
+
+    def batches_from(consumed_samples: int) -> Iterator[Batch]:
+        return _feed(plan, topology, datasets.train, consumed_samples=consumed_samples)
+
     return Run(
         config=config,
         topology=topology,
@@ -123,7 +126,8 @@ def build(plan: Plan, topology: Topology) -> Run:
         state=state,
         batch_size=batch_size,
         learning_rate=LearningRate.from_config(config.training),
-        batches=feed(datasets.train, consumed_samples=state.consumed_samples),
+        batches=batches_from(state.consumed_samples),
+        batches_from=batches_from,
         validation=_evaluator(plan, topology, datasets.valid),
         test=_evaluator(plan, topology, datasets.test),
         saver=saver,

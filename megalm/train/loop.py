@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from megalm.config.root import Config
+from megalm.config.step_ranges import parse_step_ranges
 from megalm.data.batches import Batch
 from megalm.telemetry.console import Console
 from megalm.telemetry.metrics import Sink, StepMetrics
@@ -35,6 +36,8 @@ class Run:
     batch_size: BatchSize
     learning_rate: LearningRate
     batches: Iterator[Batch]
+    batches_from: Callable[[int], Iterator[Batch]]
+    """This rank's batches after so many samples."""
     validation: Evaluator
     test: Evaluator
     saver: Saver
@@ -53,6 +56,10 @@ class Run:
             return self.state.consumed_samples >= training.train_samples
         return self.state.step >= (training.train_iters or 0)
 
+    def is_left_out(self, step: int) -> bool:
+        """Whether --skip-train-iteration-range names this step, counted from 1."""
+        return any(step in steps for steps in parse_step_ranges(self.config.training.skip_train_iteration_range))
+
     @property
     def total_steps(self) -> int:
         """Steps of the whole run, those before a resume included."""
@@ -70,6 +77,9 @@ def train(run: Run) -> int:
     reason = StopReason.NONE
     run.stop.listen()
     while not run.is_complete and reason is StopReason.NONE:
+        if skip(run):
+            reason = run.stop.agree(run.state.step, run.topology)
+            continue
         metrics = step(run)
         for sink in run.sinks:
             sink.log_step(metrics)
@@ -92,6 +102,22 @@ def evaluate_once(run: Run) -> int:
     evaluate(run, run.validation)
     evaluate(run, run.test)
     return EXIT_FINISHED
+
+
+def skip(run: Run) -> bool:
+    """Pass over the steps that the run was told to leave out, if the next one is such: they count, with their samples,
+    and the batches after them are those that follow in the order of samples. Returns whether there were any."""
+    state = run.state
+    first = state.step + 1
+    while run.is_left_out(state.step + 1) and not run.is_complete:
+        batch_size = run.batch_size.at(state.consumed_samples)
+        state.step += 1
+        state.consumed_samples += batch_size
+    if state.step < first:
+        return False
+    run.batches = run.batches_from(state.consumed_samples)
+    run.console.info(f"left out steps {first} to {state.step}; {state.consumed_samples} samples consumed")
+    return True
 
 
 def step(run: Run) -> StepMetrics:

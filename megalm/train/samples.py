@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from megalm.config.root import Config
+from megalm.config.step_ranges import parse_step_ranges
 from megalm.data.build import Datasets, build_datasets
 from megalm.train.schedule import BatchSize
 
@@ -13,9 +14,11 @@ def sample_counts(config: Config, *, dp_size: int) -> dict[str, int]:
     """Samples of training, validation and test, as `build_datasets` takes them."""
     training = config.training
     batch_size = BatchSize.from_config(training, dp_size=dp_size)
-    total = training.train_samples or batch_size.samples_for(training.train_iters or 0)
+    # What the steps of the run read, and no more: the order of samples depends on the number, and equals another
+    # trainer's for the number that it asked for, train_samples or train_iters * global_batch_size.
+    steps = batch_size.steps_for(training.train_samples) if training.train_samples else training.train_iters or 0
     evaluated = training.eval_iters * batch_size.final if training.eval_interval or training.eval_only else 0
-    return {"train": total + batch_size.final, "valid": evaluated, "test": evaluated}
+    return {"train": batch_size.samples_for(steps), "valid": evaluated, "test": evaluated}
 
 
 def open_datasets(config: Config, *, dp_size: int) -> Datasets:
@@ -24,10 +27,15 @@ def open_datasets(config: Config, *, dp_size: int) -> Datasets:
 
 
 def samples_of_steps(config: Config, first: int, last: int, *, dp_size: int) -> Iterator[tuple[int, range]]:
-    """(step, its sample numbers) of steps `first` to `last`, counted from 1, through any ramp-up of the batch."""
+    """(step, its sample numbers) of steps `first` to `last`, counted from 1, through any ramp-up of the batch.
+
+    A step that --skip-train-iteration-range leaves out reads none of its samples: its range is empty.
+    """
     batch_size = BatchSize.from_config(config.training, dp_size=dp_size)
+    left_out = parse_step_ranges(config.training.skip_train_iteration_range)
     consumed = batch_size.samples_for(first - 1)
     for step in range(first, last + 1):
         size = batch_size.at(consumed)
-        yield step, range(consumed, consumed + size)
+        is_left_out = any(step in steps for steps in left_out)
+        yield step, range(consumed, consumed if is_left_out else consumed + size)
         consumed += size

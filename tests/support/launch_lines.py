@@ -70,7 +70,7 @@ TINY_BY_ITERATIONS = """--deepspeed --num-layers 2 --hidden-size 64 --num-attent
 --tokenizer-type GPT2BPETokenizer --exit-interval 500 --no-load-optim --no-load-rng --override-lr-scheduler --finetune
 --load {folder}/ckpt --valid-num-workers 1 --no-bias-gelu-fusion --no-query-key-layer-scaling --eval-only True"""
 
-# tokens in place of samples, a gated MLP, muP, skipped steps and an emissions log: none of it can be obeyed.
+# tokens in place of samples, a gated MLP, muP and an emissions log: none of it can be obeyed.
 EXPERIMENT = """--num-layers 24 --hidden-size 2048 --num-attention-heads 16 --ffn-hidden-size 5460 --seq-length 2048
 --position-embedding-type alibi --micro-batch-size 4 --global-batch-size 512 --lr 2e-4 --lr-decay-tokens 100_000_000_000
 --train-tokens 112_000_000_000 --train-samples 54_687_500 --glu-activation geglu --mup --mup-input-mult 10 --bitfit

@@ -16,4 +16,4 @@ def test_steps_of_a_ramped_run_consume_every_sample_once() -> None:
     assert [len(numbers) for _, numbers in steps[:3]] == [2, 2, 2]
     assert len(steps[-1][1]) == 8
     assert list(samples_of_steps(replace(config, training=training), 17, 18, dp_size=1)) == steps[16:18]
-    assert sample_counts(replace(config, training=training), dp_size=1)["train"] == steps[-1][1].stop + 8
+    assert sample_counts(replace(config, training=training), dp_size=1)["train"] == steps[-1][1].stop

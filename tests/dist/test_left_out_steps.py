@@ -1,0 +1,60 @@
+"""--skip-train-iteration-range: the steps and their samples count, and nothing of them is read or trained on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.ranks import run_ranks
+from tests.support.tiny_run import Collector, write_corpus
+
+pytestmark = pytest.mark.dist
+
+
+def _samples_read(flags: list[str]) -> tuple[list[int], list[list[int]], dict[str, Any]]:
+    """Trained steps, the first token ids of every micro-batch that was read, and the final state."""
+    from megalm.config.parse import parse_command_line
+    from megalm.train.build import prepare, running
+    from megalm.train.loop import train
+    from tests.support.tiny_run import MODEL_FLAGS, TRAINING_FLAGS
+
+    with running(prepare(parse_command_line([*MODEL_FLAGS, *TRAINING_FLAGS, *flags]))) as run:
+        collector = Collector()
+        run.sinks = [*run.sinks, collector]
+        read: list[list[int]] = []
+        make = run.batches_from
+
+        def recorded(consumed: int) -> Any:
+            for batch in make(consumed):
+                read.append(batch.tokens[:, :4].flatten().tolist())
+                yield batch
+
+        run.batches_from = recorded
+        run.batches = recorded(run.state.consumed_samples)
+        train(run)
+        return [m.step for m in collector.steps], read, run.state.to_json()
+
+
+def test_left_out_steps_count_and_their_samples_are_not_read(tmp_path: Path) -> None:
+    corpus = ["--data-path", write_corpus(tmp_path)]
+    ((all_steps, all_read, whole),) = run_ranks(_samples_read, 1, corpus)
+    flags = [*corpus, "--skip-train-iteration-range", "3-5", "9-9"]
+    ((steps, read, state),) = run_ranks(_samples_read, 1, flags)
+    assert all_steps == list(range(1, 21))
+    assert steps == [step for step in all_steps if step not in (3, 4, 5, 9)]
+    per_step = len(all_read) // 20
+    expected = [batch for step in steps for batch in all_read[(step - 1) * per_step : step * per_step]]
+    assert read == expected
+    assert (state["step"], state["consumed_samples"]) == (whole["step"], whole["consumed_samples"])
+
+
+def test_leaving_steps_out_survives_a_restart(tmp_path: Path) -> None:
+    flags = ["--data-path", write_corpus(tmp_path), "--skip-train-iteration-range", "3-5", "9-9"]
+    ((steps, _, state),) = run_ranks(_samples_read, 1, flags)
+    saving = [*flags, "--save", str(tmp_path / "run")]
+    ((first, _, _),) = run_ranks(_samples_read, 1, [*saving, "--exit-interval", "4"])
+    ((second, _, resumed),) = run_ranks(_samples_read, 1, [*saving, "--load", str(tmp_path / "run")])
+    assert first + second == steps
+    assert resumed == state
