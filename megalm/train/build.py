@@ -107,7 +107,7 @@ def build(plan: Plan, topology: Topology) -> Run:
     for line in (_summary(plan, topology), *notes(config)):
         console.info(line)
     batch_size = BatchSize.from_config(config.training, dp_size=topology.dp.size)
-    datasets = together(topology, partial(_open_datasets, plan))
+    datasets = together(topology, partial(_open_datasets, plan, verifies=topology.world.is_first))
     for line in datasets.report:
         console.info(line)
     streams = RngStreams(config.training.seed, tp=topology.tp, pp=topology.pp, dp=topology.dp, device=topology.device)
@@ -199,8 +199,8 @@ def _build_engine(config: Config, module: nn.Module, topology: Topology) -> Engi
     return build_engine(module, optimizer, settings, topology)
 
 
-def _open_datasets(plan: Plan) -> Datasets:
-    """Corpora and sample maps of every split; does not communicate."""
+def _open_datasets(plan: Plan, *, verifies: bool) -> Datasets:
+    """Corpora and sample maps of every split; does not communicate. One rank `verifies` hashes for all."""
     training = plan.config.training
     datasets = build_datasets(
         plan.config.data,
@@ -208,6 +208,7 @@ def _open_datasets(plan: Plan) -> Datasets:
         seed=training.seed,
         vocab_size=plan.config.model.padded_vocab_size,
         tokenizer_size=plan.tokenizer.vocab_size,
+        verifies=verifies,
     )
     if datasets.train is None and not training.eval_only:
         raise DataError(
