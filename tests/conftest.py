@@ -7,7 +7,7 @@ import pytest
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("faults")
-    group.addoption("--full", action="store_true", help="tests/faults: every case instead of the default's sample")
+    group.addoption("--full", action="store_true", help="every fault, and every pair of layouts, instead of a sample")
     group.addoption(
         "--report",
         metavar="FILE",

@@ -146,5 +146,7 @@ def test_an_offline_reshape_loads_like_its_source(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_all_81_pairs_of_nine_layouts(tmp_path: Path) -> None:
+def test_all_81_pairs_of_nine_layouts(tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    if not request.config.getoption("--full"):
+        pytest.skip("81 pairs take minutes: run with --full")
     assert check_pairs(tmp_path, list(LAYOUTS), list(LAYOUTS)) == 81
