@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 from megalm.errors import CheckpointError, MegalmError
 
 
