@@ -85,7 +85,7 @@ def test_the_readme_tree_lists_every_folder() -> None:
     assert tree is not None
     listed = set(re.findall(r"^ *([a-z_]+)/ ", tree.group(), re.MULTILINE))
     packages = {path.parent.name for path in (ROOT / "megalm").glob("*/__init__.py")}
-    assert listed == packages | {"megalm", "tools", "configs", "launch", "tests", "docs"}
+    assert listed == packages | {"megalm", "tools", "configs", "launch", "tests", "benchmarks", "docs"}
 
 
 def test_presets_named_in_the_launch_scripts_exist() -> None:
