@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -53,7 +52,7 @@ def full(request: pytest.FixtureRequest) -> bool:
 
 
 @pytest.fixture(scope="session")
-def clean_runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[CleanRuns]:
+def clean_runs(tmp_path_factory: pytest.TempPathFactory) -> CleanRuns:
     """Runs that nobody disturbs, each made when it is first asked for."""
     folder: Path = tmp_path_factory.mktemp("clean")
-    yield CleanRuns(folder, corpus=write_corpus(folder, num_documents=400))
+    return CleanRuns(folder, corpus=write_corpus(folder, num_documents=400))
