@@ -81,6 +81,8 @@ def _problems(path: Path, world: Group) -> list[str]:
     except CheckpointError as error:
         own = [str(error)]
     else:
+        if layout.parse_step(path.name) not in (None, manifest.step):
+            return [f"{path / layout.MANIFEST} is that of step {manifest.step}"]  # Every rank reads the same one.
         by_size = sorted(manifest.files, key=lambda record: record.bytes, reverse=True)
         own = verify(path, manifest, records=by_size[world.rank :: world.size])
     found = exchange(own, world)
