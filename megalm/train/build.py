@@ -107,7 +107,7 @@ def build(plan: Plan, topology: Topology) -> Run:
     for line in (_summary(plan, topology), *notes(config)):
         console.info(line)
     batch_size = BatchSize.from_config(config.training, dp_size=topology.dp.size)
-    datasets = together(topology, partial(_open_datasets, plan, verifies=topology.world.is_first))
+    datasets = together(topology, partial(_open_datasets, plan, verifies=topology.local_rank == 0))
     for line in datasets.report:
         console.info(line)
     streams = RngStreams(config.training.seed, tp=topology.tp, pp=topology.pp, dp=topology.dp, device=topology.device)
@@ -200,7 +200,7 @@ def _build_engine(config: Config, module: nn.Module, topology: Topology) -> Engi
 
 
 def _open_datasets(plan: Plan, *, verifies: bool) -> Datasets:
-    """Corpora and sample maps of every split; does not communicate. One rank `verifies` hashes for all."""
+    """Corpora and sample maps of every split; does not communicate. A rank of each host `verifies`."""
     training = plan.config.training
     datasets = build_datasets(
         plan.config.data,
