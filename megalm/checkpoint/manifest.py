@@ -16,6 +16,7 @@ from megalm.checkpoint.durable import FileRecord
 from megalm.errors import CheckpointError
 
 FORMAT = 1
+_OWN_HASH = "sha256"
 _MAX_MANIFEST_BYTES = 256 * 1024 * 1024
 _BLOCK_BYTES = 8 * 1024 * 1024
 
@@ -31,8 +32,9 @@ class Manifest:
     files: tuple[FileRecord, ...] = field(default_factory=tuple)
 
     def to_json(self) -> str:
-        """The text of manifest.json."""
-        return json.dumps({"format": FORMAT, **asdict(self)}, indent=1) + "\n"
+        """The text of manifest.json, which ends with the hash of the rest: a manifest can be damaged as well."""
+        content = {"format": FORMAT, **asdict(self)}
+        return json.dumps({**content, _OWN_HASH: _hash_of(content)}, indent=1) + "\n"
 
     @property
     def total_bytes(self) -> int:
@@ -81,7 +83,14 @@ def _manifest_of(content: Any) -> Manifest:
     for name, value in parts.items():
         if not isinstance(value, dict):
             raise ValueError(f"{name} is no object")
+    if content.get(_OWN_HASH) != _hash_of({name: value for name, value in content.items() if name != _OWN_HASH}):
+        raise ValueError("it is not what was written (its own sha256 differs)")
     return Manifest(step=step, files=tuple(records), **parts)
+
+
+def _hash_of(content: Mapping[str, Any]) -> str:
+    """sha256 of the content whatever the order and the white space."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _check_record(record: FileRecord) -> None:

@@ -38,6 +38,19 @@ def test_every_single_flipped_bit_is_found(tmp_path: Path) -> None:
         assert len(verify(tmp_path / "c", manifest)) == 1, f"bit {bit}"
 
 
+def test_every_flipped_bit_of_the_manifest_itself_is_found(tmp_path: Path) -> None:
+    checkpoint(tmp_path / "c")
+    file = tmp_path / "c" / layout.MANIFEST
+    intact = file.read_bytes()
+    for bit in range(len(intact) * 8):
+        damaged = bytearray(intact)
+        damaged[bit // 8] ^= 1 << bit % 8
+        file.write_bytes(damaged)
+        with pytest.raises(CheckpointError):
+            read_manifest(tmp_path / "c")
+            pytest.fail(f"bit {bit} of {chr(intact[bit // 8])!r}")
+
+
 def test_missing_short_and_linked_files_are_named(tmp_path: Path) -> None:
     manifest = checkpoint(tmp_path / "c")
     (tmp_path / "c" / "a.pt").write_bytes(b"short")
