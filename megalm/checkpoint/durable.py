@@ -44,6 +44,7 @@ class HashingFile:
         self._path = path
         self._hash = hashlib.sha256()
         self._bytes = 0
+        self._failure: OSError | None = None
         self._file = open_new(path)
 
     def write(self, data: bytes | bytearray | memoryview) -> int:
@@ -51,16 +52,23 @@ class HashingFile:
         length = memoryview(data).nbytes
         if length < _CONCURRENT_BYTES:
             self._hash.update(data)
-            write_all(self._file, data)
+            self._append(data)
         else:
             hasher = Thread(target=self._hash.update, args=(data,), name="megalm hash")
             hasher.start()
             try:
-                write_all(self._file, data)
+                self._append(data)
             finally:
                 hasher.join()
         self._bytes += length
         return length
+
+    def _append(self, data: bytes | bytearray | memoryview) -> None:
+        try:
+            write_all(self._file, data)
+        except OSError as error:
+            self._failure = self._failure or error
+            raise
 
     def flush(self) -> None:
         """Nothing is buffered here; torch.save calls this."""
@@ -76,6 +84,9 @@ class HashingFile:
                 sync(self._file)
         finally:
             self._file.close()
+        if self._failure is not None and error is not self._failure:
+            # torch closes its archive after a failed write and reports a wrong position in place of a full disk.
+            raise self._failure from error
 
     @property
     def record(self) -> FileRecord:

@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import BinaryIO
 
 import pytest
+import torch
 
 from megalm.checkpoint import durable
+from megalm.checkpoint.tensor_files import write_tensors
 
 
 def test_record_is_that_of_the_bytes_on_the_disk(tmp_path: Path) -> None:
@@ -39,6 +41,37 @@ def test_every_byte_arrives_when_writes_are_short() -> None:
     file = Reluctant()
     durable.write_all(file, b"0123456789")  # type: ignore[arg-type]
     assert file.taken == b"0123456789"
+
+
+@pytest.mark.parametrize("first", [0, 3, 8])
+def test_what_the_disk_said_is_what_is_reported_when_torch_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: int
+) -> None:
+    calls = iter(range(1000))
+    original = durable.write_all
+
+    def fill(file: BinaryIO, data: bytes) -> None:
+        if next(calls) >= first:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        original(file, data)
+
+    monkeypatch.setattr(durable, "write_all", fill)
+    with pytest.raises(OSError, match="No space left on device"):
+        write_tensors(tmp_path / "x.pt", {"weight": torch.ones(5000)})
+
+
+def test_an_error_that_passes_is_tried_again_when_torch_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = iter(range(1000))
+    original = durable.write_all
+
+    def stutter(file: BinaryIO, data: bytes) -> None:
+        if next(calls) == 3:
+            raise OSError(errno.EIO, "Input/output error")
+        original(file, data)
+
+    monkeypatch.setattr(durable, "write_all", stutter)
+    write_tensors(tmp_path / "x.pt", {"weight": torch.ones(5000)})
+    assert torch.load(tmp_path / "x.pt")["weight"].sum() == 5000
 
 
 @pytest.mark.parametrize("failing", ["open_new", "write_all", "sync", "rename", "sync_folder"])
