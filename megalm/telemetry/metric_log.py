@@ -10,27 +10,37 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from megalm.errors import ConfigError, DataError
 
 
 class MetricLog:
-    """Appends records to a file, each on disk's way before the next step."""
+    """Appends records to a file, each on disk's way before the next step.
 
-    def __init__(self, path: str | Path, *, resume_step: int | None = None) -> None:
+    A disk that is full is no reason to stop a run that can still train: what it does not take waits in memory for the
+    next append, and the file ends with a whole line at all times.
+    """
+
+    def __init__(
+        self, path: str | Path, *, resume_step: int | None = None, warn: Callable[[str], None] = print
+    ) -> None:
         """Open for append. With `resume_step`, records past it are first moved to `<path>.discarded`.
 
+        `warn` hears, once, that a record could not be written.
         Raises: ConfigError if the file cannot be written; DataError if it exists and holds something else.
         """
         self.path = Path(path)
+        self._warn = warn
+        self._waiting: list[bytes] = []
+        self._has_warned = False
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             if self.path.exists():
                 _take_back(self.path, math.inf if resume_step is None else resume_step)
-            self._file: TextIO = self.path.open("a", encoding="utf-8")
+            self._file = open(self.path, "ab", buffering=0)
         except OSError as failure:
             raise ConfigError(
                 f"the metrics file {self.path} cannot be written: {failure.strerror}\n"
@@ -40,12 +50,30 @@ class MetricLog:
             self.append({"kind": "resume", "step": resume_step})
 
     def append(self, record: Mapping[str, Any]) -> None:
-        """Write one record and hand it to the operating system."""
-        self._file.write(json.dumps(_jsonable(record), allow_nan=False) + "\n")
-        self._file.flush()
+        """Write one record, after those that wait, and hand it to the operating system."""
+        self._waiting.append((json.dumps(_jsonable(record), allow_nan=False) + "\n").encode())
+        self._write_waiting()
 
     def close(self) -> None:
+        """Try once more to write what waits."""
+        self._write_waiting()
         self._file.close()
+
+    def _write_waiting(self) -> None:
+        end = self._file.tell()
+        try:
+            while self._waiting:
+                rest = memoryview(self._waiting[0])
+                while rest:
+                    rest = rest[self._file.write(rest) :]
+                del self._waiting[0]
+                end = self._file.tell()
+        except OSError as failure:
+            self._file.truncate(end)  # no half line for the next record to be appended to
+            self._file.seek(end)
+            if not self._has_warned:
+                self._warn(f"metrics wait in memory, as {self.path} cannot be written: {failure.strerror}")
+            self._has_warned = True
 
 
 def read_metric_log(path: str | Path) -> Iterator[dict[str, Any]]:

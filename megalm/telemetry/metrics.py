@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -48,12 +48,14 @@ class ConsoleSink:
 class JsonlSink:
     """Every step and validation as one JSON object a line; see `metric_log` for the records."""
 
-    def __init__(self, path: str | Path, *, resume_step: int | None = None) -> None:
+    def __init__(
+        self, path: str | Path, *, resume_step: int | None = None, warn: Callable[[str], None] = print
+    ) -> None:
         """With `resume_step`, what an earlier run wrote past that step leaves the file.
 
         Raises: ConfigError if the file cannot be written.
         """
-        self._log = MetricLog(path, resume_step=resume_step)
+        self._log = MetricLog(path, resume_step=resume_step, warn=warn)
 
     def log_step(self, m: StepMetrics) -> None:
         self._log.append({"kind": "train", **dataclasses.asdict(m)})

@@ -36,7 +36,7 @@ def open_sinks(config: Config, topology: Topology, console: Console, *, resumed_
             "  pass --save or --metrics-path"
         )
     if path is not None:
-        sinks.append(JsonlSink(path, resume_step=resumed_step))
+        sinks.append(JsonlSink(path, resume_step=resumed_step, warn=console.warning))
     if output.tensorboard_dir is not None:
         sinks.append(TensorBoardSink(output.tensorboard_dir, output.tensorboard_queue_size))
     if output.wandb_project is not None:

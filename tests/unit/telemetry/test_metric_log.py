@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from megalm.errors import ConfigError, DataError
-from megalm.telemetry.metric_log import read_metric_log
+from megalm.telemetry.metric_log import MetricLog, read_metric_log
 from megalm.telemetry.metrics import JsonlSink
 from tests.support.steps import step_metrics
 
@@ -49,6 +52,35 @@ def test_line_is_readable_before_the_sink_is_closed(tmp_path: Path) -> None:
     sink.log_step(step_metrics(1))
     assert kinds_and_steps(tmp_path / "metrics.jsonl") == [("train", 1)]
     sink.close()
+
+
+class FillingFile(io.FileIO):
+    """Takes half a record and then nothing, until there is room."""
+
+    full = False
+
+    def write(self, data: Any) -> int:
+        if not self.full:
+            return super().write(data)
+        if len(data) < 150:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return super().write(data[: len(data) - 100])
+
+
+def test_records_that_a_full_disk_refuses_wait_and_are_written_in_order_when_there_is_room(tmp_path: Path) -> None:
+    path, warnings = tmp_path / "metrics.jsonl", list[str]()
+    log = MetricLog(path, warn=warnings.append)
+    log._file.close()
+    log._file = file = FillingFile(path, "a")
+    for step in range(1, 9):
+        file.full = 3 <= step <= 5
+        log.append({"kind": "train", "step": step, "note": "x" * 200})
+        assert path.read_text() == "" or path.read_text().endswith("\n")
+        last = 2 if file.full else step
+        assert [number for _, number in kinds_and_steps(path)] == list(range(1, last + 1))
+    log.close()
+    assert len(warnings) == 1
+    assert "No space left on device" in warnings[0]
 
 
 def test_numbers_that_json_lacks_are_null_beside_their_hex(tmp_path: Path) -> None:
