@@ -14,7 +14,7 @@ import sys
 
 from megalm.config.parse import HelpRequested, parse_command_line  # neither torch nor DeepSpeed: --help answers at once
 from megalm.errors import MegalmError
-from megalm.topology.start import report_failure
+from megalm.topology.start import leave, report_failure
 
 
 def main(arguments: list[str]) -> int:
@@ -38,6 +38,7 @@ def main(arguments: list[str]) -> int:
 
 if __name__ == "__main__":
     try:
-        sys.exit(main(sys.argv[1:]))
+        exit_code = main(sys.argv[1:])
     except MegalmError as error:
-        sys.exit(report_failure(error))
+        exit_code = report_failure(error)
+    leave(exit_code)

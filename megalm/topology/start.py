@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import socket
 import sys
+import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from megalm.errors import MegalmError, TopologyError
 from megalm.topology.layout import Layout
@@ -98,6 +100,26 @@ def report_failure(error: MegalmError) -> int:
     else:
         time.sleep(SECONDS_TO_SPEAK)
     return error.exit_code
+
+
+def leave(exit_code: int) -> NoReturn:
+    """End this process with `exit_code`, whatever torch's threads are doing.
+
+    The interpreter's own end is not safe under torch.distributed: a thread of gloo that asks for the interpreter while
+    it is being taken down is unwound through C++ that forbids it, and the process dies with SIGABRT ("terminate called
+    without an active exception") in place of its exit code. What the interpreter would do for us comes first: other
+    threads finish, exit handlers run, and output is written.
+    """
+    for thread in threading.enumerate():
+        if thread is not threading.current_thread() and not thread.daemon:
+            thread.join()
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:  # the reader is gone, as with `| head`
+            pass
+    os._exit(exit_code)
 
 
 def stop() -> None:

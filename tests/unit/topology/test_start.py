@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 
 from megalm.errors import TopologyError
@@ -28,3 +31,26 @@ def test_half_an_environment_is_refused_by_name(missing: str) -> None:
 def test_a_rank_that_is_no_number_is_refused() -> None:
     with pytest.raises(TopologyError, match="whole numbers"):
         Launch.from_environment({**COMPLETE, "RANK": "first"})
+
+
+LEAVING = """
+import atexit, sys, threading, time
+from megalm.topology.start import leave
+
+class EndOfTheInterpreter:
+    def __del__(self):
+        print("the interpreter took itself down", flush=True)
+
+kept_until_the_end = EndOfTheInterpreter()
+atexit.register(print, "exit handler")
+threading.Thread(target=lambda: (time.sleep(0.2), print("thread finished"))).start()
+sys.stderr.write("no newline at the end")
+leave(75)
+"""
+
+
+def test_leaving_finishes_threads_and_handlers_and_skips_the_end_of_the_interpreter() -> None:
+    ended = subprocess.run([sys.executable, "-c", LEAVING], capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 75
+    assert ended.stdout == "thread finished\nexit handler\n"
+    assert ended.stderr == "no newline at the end"
