@@ -26,6 +26,8 @@ LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 # The few files that may name DeepSpeed, and the folders that need no torch at all.
 DEEPSPEED_PLACES = ("topology/", "models/*/pipeline.py", "train/engine.py", "checkpoint/engine_files.py")
 WITHOUT_TORCH = ("errors.py", "config/")
+# The one file that loads an optional library when it is imported, and lives without it; only kernels import that file.
+OPTIONAL_PLACES = {"triton": ("kernels/triton_language.py",)}
 
 Imports = list[tuple[str, int, bool]]
 
@@ -114,6 +116,25 @@ def test_optional_libraries_are_imported_inside_functions_only(library: str) -> 
         for path in sources()
         for name, line, at_import in imports_of(path)
         if at_import and name.split(".")[0] == library
+        if str(path.relative_to(PACKAGE)) not in OPTIONAL_PLACES.get(library, ())
+    ]
+    assert eager == []
+
+
+def test_triton_is_loaded_by_kernel_files_alone_and_they_by_functions() -> None:
+    loaders = {
+        ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts)
+        for path in sources()
+        if any(name.startswith("megalm.kernels.triton_language") and now for name, _, now in imports_of(path))
+    }
+    assert [name for name in loaders if not name.startswith("megalm.kernels.")] == []
+    loaders.add("megalm.kernels.triton_language")
+    eager = [
+        f"{path.relative_to(ROOT)}:{line} imports {name}"
+        for path in sources()
+        if ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts) not in loaders
+        for name, line, at_import in imports_of(path)
+        if at_import and any(name == loader or name.startswith(loader + ".") for loader in loaders)
     ]
     assert eager == []
 

@@ -1,0 +1,84 @@
+"""Where tests run Triton kernels: on the GPU if there is one, otherwise in Triton's interpreter on the CPU.
+
+`with triton_device() as device:` (or the fixture of that name in tests/unit/kernels/conftest.py) is all that a test
+needs: the launches inside it work on tensors of `device`. No environment variable is set and no module is imported
+anew: Triton decides at decoration whether a function is compiled or interpreted, so the block replaces the compiled
+functions of megalm.kernels and of triton.language by interpreted ones and puts everything back at its end. Thus one
+process can interpret a kernel and compile it ahead of time, in any order.
+
+Rules for kernels: call `tl.sum(x)` rather than `x.sum()`; import the language as `tl` into the module; no autotuning
+(it times kernels, which needs a GPU, and it lets two runs of one program differ in their last bits).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import sys
+from collections.abc import Iterator
+from types import ModuleType
+from typing import Any
+
+import torch
+
+INSTALLED = importlib.util.find_spec("triton") is not None
+"""Whether there is a Triton at all; tests skip where there is none."""
+
+ON_GPU = torch.cuda.is_available()
+"""Whether kernels run for real: tests may then take larger shapes."""
+
+
+@contextlib.contextmanager
+def triton_device() -> Iterator[torch.device]:
+    """The device that kernels can be launched on inside the block."""
+    if ON_GPU:
+        yield torch.device("cuda", torch.cuda.current_device())
+        return
+    with _interpreted():
+        yield torch.device("cpu")
+
+
+@contextlib.contextmanager
+def _interpreted() -> Iterator[None]:
+    import triton
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpretedFunction
+    from triton.runtime.jit import JITFunction
+
+    # The interpreter patches these and, after calls of one function by another, does not restore them.
+    patched = [tl, tl.core, tl.math, tl.core.tensor, tl.core.dtype, tl.core.tensor_descriptor_base]
+    before = [(target, dict(vars(target))) for target in patched]
+    replaced: list[tuple[ModuleType, str, Any]] = []
+    twins: dict[int, Any] = {}
+    interpret = triton.knobs.runtime.interpret
+    triton.knobs.runtime.interpret = True
+    try:
+        for module in _modules_with_kernels():
+            for name, value in list(vars(module).items()):
+                if isinstance(value, JITFunction):
+                    replaced.append((module, name, value))
+                    twin = twins.setdefault(id(value), InterpretedFunction(value.fn))
+                    setattr(module, name, twin)
+        yield
+    finally:
+        triton.knobs.runtime.interpret = interpret
+        for module, name, value in replaced:
+            setattr(module, name, value)
+        for target, attributes in before:
+            _restore(target, attributes)
+
+
+def _modules_with_kernels() -> list[ModuleType]:
+    return [
+        module
+        for name, module in list(sys.modules.items())
+        if module is not None and name.startswith(("megalm.kernels", "triton.language"))
+    ]
+
+
+def _restore(target: Any, attributes: dict[str, Any]) -> None:
+    for name, value in list(vars(target).items()):
+        if name not in attributes:
+            delattr(target, name)
+        elif value is not attributes[name]:
+            setattr(target, name, attributes[name])
