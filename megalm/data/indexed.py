@@ -7,6 +7,9 @@ tokens, int64[S] byte offsets into `.bin`, int64[D] document bounds in sequences
 
 from __future__ import annotations
 
+import errno
+import os
+import stat
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from megalm.data.mapped import map_file
 from megalm.errors import DataError
 
 MAGIC = b"MMIDIDX\x00\x00"
@@ -131,20 +135,15 @@ class IndexedDataset:
         header = read_header(path)
         self.dtype = header.dtype
         self.num_sequences = header.num_sequences
-        raw = np.memmap(path, dtype=np.uint8, mode="r")
+        raw, tokens = _mapped(path), _mapped(tokens_path(prefix))
         lengths_end = HEADER.size + 4 * header.num_sequences
         pointers_end = lengths_end + 8 * header.num_sequences
         self.lengths: npt.NDArray[np.int32] = _part(raw, HEADER.size, lengths_end, np.dtype("<i4"))
         self.pointers: npt.NDArray[np.int64] = _part(raw, lengths_end, pointers_end, np.dtype("<i8"))
         self.document_index: npt.NDArray[np.int64] = _part(raw, pointers_end, header.file_bytes, np.dtype("<i8"))
-        bin_bytes = tokens_path(prefix).stat().st_size
-        _check_index(path, header, self.lengths, self.pointers, self.document_index, bin_bytes)
-        self.num_tokens = bin_bytes // self.dtype.itemsize
-        self.tokens: npt.NDArray[Any] = (
-            np.memmap(tokens_path(prefix), dtype=self.dtype, mode="r").view(np.ndarray)
-            if self.num_tokens
-            else np.empty(0, self.dtype)
-        )
+        _check_index(path, header, self.lengths, self.pointers, self.document_index, len(tokens))
+        self.num_tokens = len(tokens) // self.dtype.itemsize
+        self.tokens: npt.NDArray[Any] = tokens.view(self.dtype)
         self._itemsize = self.dtype.itemsize
 
     def __reduce__(self) -> tuple[type[IndexedDataset], tuple[str]]:
@@ -183,29 +182,69 @@ class IndexedDataset:
 
 
 def _part(raw: npt.NDArray[np.uint8], start: int, stop: int, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
-    return raw[start:stop].view(np.ndarray).view(dtype)
+    return raw[start:stop].view(dtype)
+
+
+def _mapped(path: Path) -> npt.NDArray[np.uint8]:
+    try:
+        return map_file(path)
+    except OSError as error:
+        raise DataError(f"cannot map {path} into memory: {error.strerror}") from error
 
 
 def _dtype_names() -> str:
     return ", ".join(f"{code} {dtype.name}" for code, dtype in DTYPE_CODES.items())
 
 
+def shown(name: str) -> str:
+    """A file name as a message shows it: in quotes and escaped where it is empty or would break the line."""
+    return name if name and name.isprintable() else repr(name)
+
+
 def _check_exists(prefix: str) -> None:
-    missing = [path for path in (tokens_path(prefix), index_path(prefix)) if not path.is_file()]
-    if not missing:
+    """Both files of a corpus are there, and are files."""
+    if not prefix.strip():
+        raise DataError(f"the name {prefix!r} of a corpus is empty\n  give the path of its .bin without the suffix")
+    paths = (tokens_path(prefix), index_path(prefix))
+    problems = {str(path): _problem(path) for path in paths}
+    if not any(problems.values()):
         return
-    names = " and ".join(str(path) for path in missing)
-    remedy = "make the corpus with tools/preprocess_data.py, or correct the prefix"
-    if prefix.endswith((".bin", ".idx")) and Path(prefix).is_file():
-        remedy = f"give the prefix without its suffix: {prefix[:-4]}"
-    else:
-        folder = Path(prefix).parent
-        near = sorted(str(path)[:-4] for path in folder.glob("*.idx"))[:8] if folder.is_dir() else []
-        if near:
-            remedy = f"corpora in {folder}: {', '.join(near)}"
-        elif not folder.is_dir():
-            remedy = f"the folder {folder} does not exist"
-    raise DataError(f"no corpus at {prefix}: {names} missing\n  {remedy}")
+    other = [f"{shown(name)} {problem}" for name, problem in problems.items() if problem not in (None, "missing")]
+    missing = " and ".join(shown(name) for name, problem in problems.items() if problem == "missing")
+    what = "; ".join([*other, *([f"{missing} missing"] if missing else [])])
+    raise DataError(f"no corpus at {shown(prefix)}: {what}\n  {_remedy(prefix)}")
+
+
+def _problem(path: Path) -> str | None:
+    """Why a path is not a file that can be read; None if it is one."""
+    try:
+        mode = os.stat(path).st_mode
+    except ValueError:
+        return "holds a zero byte, which no file name can"
+    except OSError as error:
+        known = {
+            errno.ENOENT: "missing",
+            errno.ELOOP: "is a loop of symbolic links",
+            errno.ENAMETOOLONG: "is longer than the file system allows",
+        }
+        return known.get(error.errno or 0, f"cannot be reached: {error.strerror}")
+    if stat.S_ISDIR(mode):
+        return "is a folder"
+    return None if stat.S_ISREG(mode) else "is no regular file"
+
+
+def _remedy(prefix: str) -> str:
+    """What to do about a corpus that is not there."""
+    if prefix.endswith((".bin", ".idx")) and _problem(Path(prefix)) is None:
+        return f"give the prefix without its suffix: {prefix[:-4]}"
+    folder, problem = Path(prefix).parent, _problem(Path(prefix).parent)
+    if problem != "is a folder":
+        return f"the folder {shown(str(folder))} {'does not exist' if problem == 'missing' else problem or 'is a file'}"
+    inside = Path(prefix) if _problem(Path(prefix)) == "is a folder" else folder
+    near = sorted(str(path)[:-4] for path in inside.glob("*.idx"))[:8]
+    if near:
+        return f"corpora in {inside}: {', '.join(map(shown, near))}"
+    return "make the corpus with tools/preprocess_data.py, or correct the prefix"
 
 
 def _check_index(

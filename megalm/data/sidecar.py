@@ -19,15 +19,17 @@ def read_sidecar(prefix: str) -> dict[str, Any] | None:
     Raises: DataError if it is there and cannot be read.
     """
     path = sidecar_path(prefix)
-    if not path.is_file():
-        return None
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(content["files"]["bin"]["sha256"], str) or not isinstance(
-            content["files"]["idx"]["sha256"], str
-        ):
-            raise ValueError("it holds no hashes")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} is damaged: {error!r}\n  delete it to use the corpus without hashes") from error
+    try:
+        for file in (content["files"]["bin"], content["files"]["idx"]):
+            if not isinstance(file["sha256"], str) or not isinstance(file["bytes"], int):
+                raise ValueError("it holds no hashes")
+    except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path} is damaged: {error!r}\n  delete it to use the corpus without hashes") from error
     found: dict[str, Any] = content
     return found

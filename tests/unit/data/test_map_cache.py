@@ -1,7 +1,12 @@
 from __future__ import annotations
 
+import errno
 import json
 import multiprocessing
+import os
+import re
+import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,16 +14,23 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from megalm.data.map_cache import cached_sample_map
+from megalm.data import map_cache
+from megalm.data.folder_lock import folder_lock
+from megalm.data.map_cache import PARTS, MapKey, cached_sample_map, entry_name
 from megalm.data.order import BIGSCIENCE, MEGATRON_CORE, Order
-from megalm.data.sample_map import SampleMap
+from megalm.data.sample_map import SampleMap, build_sample_map
 from megalm.errors import DataError
 
 LENGTHS = np.arange(1, 60, dtype=np.int32)
 
 
 def cached(
-    folder: Path, *, lengths: npt.NDArray[np.int32] = LENGTHS, order: Order = BIGSCIENCE, **change: int
+    folder: Path,
+    *,
+    lengths: npt.NDArray[np.int32] = LENGTHS,
+    order: Order = BIGSCIENCE,
+    log: Callable[[str], None] | None = None,
+    **change: int,
 ) -> SampleMap:
     fields = {"end": 50, "num_samples": 40, "seq_length": 8, "seed": 1, **change}
     return cached_sample_map(
@@ -29,11 +41,12 @@ def cached(
         **fields,
         order=order,
         cache_path=str(folder / "cache"),
+        log=log,
     )
 
 
 def entries(folder: Path) -> list[Path]:
-    return sorted((folder / "cache").iterdir())
+    return sorted(path for path in (folder / "cache").iterdir() if path.name != ".lock")
 
 
 def test_second_call_reads_what_the_first_built(tmp_path: Path) -> None:
@@ -90,6 +103,17 @@ def pickled(entry: Path) -> None:
     np.save(entry / "shuffle.npy", np.array([{}], dtype=object), allow_pickle=True)
 
 
+def header(entry: Path) -> None:
+    raw = bytearray((entry / "samples.npy").read_bytes())
+    raw[12:16] = b"(((("
+    (entry / "samples.npy").write_bytes(raw)
+
+
+def no_folder(entry: Path) -> None:
+    shutil.rmtree(entry)
+    entry.write_text("")
+
+
 FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "missing part": (lambda entry: (entry / "shuffle.npy").unlink(), r"shuffle.npy cannot be read"),
     "cut part": (cut, r"samples.npy cannot be read"),
@@ -97,36 +121,131 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "other dtype": (other_dtype, r"shuffle.npy is <i8 .* says <u4"),
     "another run's map": (foreign_key, r"made for another seed"),
     "damaged description": (lambda entry: (entry / "map.json").write_text("{"), r"map.json cannot be read"),
-    "pickled objects": (pickled, r"shuffle.npy cannot be read"),
+    "pickled objects": (pickled, r"shuffle.npy cannot be read: it holds pickled objects"),
+    "damaged header": (header, r"samples.npy cannot be read: its header"),
+    "no folder": (no_folder, r"map.json cannot be read: .*Not a directory"),
+    "other JSON": (
+        lambda entry: (entry / "map.json").write_text('{"key": 1, "parts": []}'),
+        r"map.json cannot be read",
+    ),
 }
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_each_fault_of_a_cached_map_has_its_own_error(tmp_path: Path, fault: str) -> None:
-    cached(tmp_path)
+def test_each_fault_of_a_cached_map_is_named_and_the_map_is_built_again(tmp_path: Path, fault: str) -> None:
+    whole = cached(tmp_path)
+    expected = [getattr(whole, part).copy() for part in PARTS]
     (entry,) = entries(tmp_path)
     damage, message = FAULTS[fault]
     damage(entry)
-    with pytest.raises(DataError, match=message) as caught:
-        cached(tmp_path)
-    assert f"delete the folder {entry}" in str(caught.value)
+    said: list[str] = []
+    found = cached(tmp_path, log=said.append)
+    assert len(said) == 1
+    assert re.search(message, said[0])
+    assert "built again" in said[0]
+    assert [getattr(found, part).tolist() for part in PARTS] == [array.tolist() for array in expected]
+    assert entries(tmp_path) == [entry]
+    cached(tmp_path, log=said.append)
+    assert len(said) == 1
 
 
-def build_after(barrier, folder: Path) -> None:  # noqa: ANN001
+def build_after(barrier, folder: Path, count: Path) -> None:  # noqa: ANN001
+    def counting(*arguments: object, **options: object) -> SampleMap:
+        with count.open("a") as file:
+            file.write("built\n")
+        time.sleep(0.05)  # long enough for every other process to find that the entry is absent
+        return build_sample_map(*arguments, **options)
+
+    map_cache.build_sample_map = counting
     barrier.wait()
-    cached(folder)
+    assert cached(folder).num_samples >= 40
 
 
-def test_many_processes_may_build_at_once(tmp_path: Path) -> None:
+def run_at_once(targets: list[tuple[Path, Path]]) -> list[int | None]:
+    """Exit codes of processes that each ask for the map in (folder, where to count builds)."""
     context = multiprocessing.get_context("fork")
-    barrier = context.Barrier(6)
-    processes = [context.Process(target=build_after, args=(barrier, tmp_path)) for _ in range(6)]
+    barrier = context.Barrier(len(targets))
+    processes = [context.Process(target=build_after, args=(barrier, *target)) for target in targets]
     for process in processes:
         process.start()
     for process in processes:
         process.join(30)
-    assert [process.exitcode for process in processes] == [0] * 6
+    return [process.exitcode for process in processes]
+
+
+def test_of_many_processes_at_once_one_builds(tmp_path: Path) -> None:
+    assert run_at_once([(tmp_path, tmp_path / "count")] * 8) == [0] * 8
     assert len(entries(tmp_path)) == 1
+    assert (tmp_path / "count").read_text().splitlines() == ["built"]
+
+
+def test_hosts_that_share_no_folder_build_once_each(tmp_path: Path) -> None:
+    """What two hosts do whose ranks 0 to 3 see a cache folder of the host alone."""
+    hosts = [tmp_path / "first", tmp_path / "second"]
+    for host in hosts:
+        host.mkdir()
+    assert run_at_once([(host, host / "count") for host in hosts for _ in range(4)]) == [0] * 8
+    for host in hosts:
+        assert len(entries(host)) == 1
+        assert (host / "count").read_text().splitlines() == ["built"]
+
+
+def test_file_system_without_locks_costs_time_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unsupported(descriptor: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("megalm.data.folder_lock.fcntl.flock", unsupported)
+    assert run_at_once([(tmp_path, tmp_path / "count")] * 4) == [0] * 4
+    assert len(entries(tmp_path)) == 1
+
+
+def test_lock_of_a_process_that_hangs_is_not_waited_for_without_end(tmp_path: Path) -> None:
+    with folder_lock(tmp_path) as first, folder_lock(tmp_path, patience_seconds=0.05) as second:
+        assert (first, second) == (True, False)
+    with folder_lock(tmp_path) as again:
+        assert again
+
+
+def test_what_a_killed_builder_left_is_cleared_away(tmp_path: Path) -> None:
+    cached(tmp_path)
+    (entry,) = entries(tmp_path)
+    shutil.rmtree(entry)
+    left = entry.with_name(f".{entry.name}.abc")
+    left.mkdir()
+    (left / "documents.npy").write_bytes(b"half")
+    cached(tmp_path)
+    assert entries(tmp_path) == [entry]
+    assert not left.exists()
+
+
+def read_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Writing anywhere fails as on a read-only file system; root may write whatever a file's mode says."""
+    real = os.open
+
+    def refuse(path: str | Path, flags: int, *rest: int, **options: object) -> int:
+        if flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+        return real(path, flags, *rest, **options)
+
+    monkeypatch.setattr(os, "open", refuse)
+
+
+def test_maps_built_before_are_read_from_a_read_only_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = cached(tmp_path).shuffle.tolist()
+    read_only(monkeypatch)
+    assert cached(tmp_path).shuffle.tolist() == expected
+    with pytest.raises(DataError, match=r"Read-only file system\n.*set by data.cache_path.*build_index"):
+        cached(tmp_path, seed=2)
+
+
+def test_names_of_entries_stay_in_the_folder_and_within_the_limits_of_file_systems(tmp_path: Path) -> None:
+    key = MapKey("f", (0, 1), 1, 1, 1, "bigscience")
+    for prefix, name in (("a/../b", "../../x"), ("é" * 120, "train"), ("a b\n", "v/w"), ("..", "..")):
+        entry = entry_name(prefix, name, key)
+        assert Path(entry).name == entry
+        assert len(entry.encode()) < 150
+        assert entry.endswith(key.digest)
+        assert entry.isprintable()
 
 
 def test_cache_folder_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
@@ -150,4 +269,4 @@ def test_read_only_folder_beside_the_corpus_keeps_the_map_in_memory(tmp_path: Pa
         log=said.append,
     )
     assert found.num_samples >= 40
-    assert "is not cached" in said[0]
+    assert "are not cached" in said[0]

@@ -1,0 +1,47 @@
+"""One process at a time in a folder, whatever host it is on."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+PATIENCE_SECONDS = 600.0
+UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
+
+
+@contextlib.contextmanager
+def folder_lock(folder: Path, *, patience_seconds: float = PATIENCE_SECONDS) -> Iterator[bool]:
+    """Hold `folder/.lock` for the duration; yields whether it is held.
+
+    The operating system frees the lock of a process that dies. It is not held where the file system has no locks, or
+    when another process keeps it for longer than `patience_seconds`: what is done under it must be right without, too.
+    Raises: OSError if the folder cannot be made or written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        yield _acquired(descriptor, time.monotonic() + patience_seconds)
+    finally:
+        os.close(descriptor)
+
+
+def _acquired(descriptor: int, deadline: float) -> bool:
+    pause = 0.002
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(pause)
+            pause = min(0.1, 2 * pause)
+        except OSError as error:
+            if error.errno in UNSUPPORTED:
+                return False
+            raise
