@@ -50,7 +50,7 @@ def static_failures(config: Config) -> list[Failure]:
     """The failures that can be told without processes, device or tokenizer."""
     checks: tuple[Check, ...] = (
         _ranges, _shape, _positions, _pipeline, _zero, _duration, _skipped, _schedule, _ramp_up, _precision, _corpora,
-        _tokenizer, _checkpoints,
+        _tokenizer, _checkpoints, _profile,
     )  # fmt: skip
     return [failure for one in checks for failure in one(config)]
 
@@ -320,4 +320,15 @@ def _checkpoints(config: Config) -> Iterator[Failure]:
     if output.wandb_name is not None and output.wandb_project is None:
         yield Failure(
             "output.wandb_name needs a W&B project", origins(config, "output.wandb_name"), "pass --wandb-project NAME"
+        )
+
+
+def _profile(config: Config) -> Iterator[Failure]:
+    output = config.output
+    if output.profile and not 1 <= output.profile_step_start <= output.profile_step_end:
+        yield Failure(
+            f"no steps from {set_to(config, 'output.profile_step_start')} "
+            f"to {set_to(config, 'output.profile_step_end')}",
+            origins(config, "output.profile_step_start", "output.profile_step_end"),
+            "the first must be at least 1 and not past the last",
         )

@@ -6,6 +6,7 @@ from megalm.config.flags import noop
 
 NOOPS = (
     noop("--deepspeed", "DeepSpeed always does the distribution."),
+    noop("--use-pytorch-profiler", "--profile always uses torch's profiler."),
     noop("--deepscale", "The older name of --deepspeed."),
     noop("--local_rank", "The launcher's environment variables say the same.", arity="1"),
     noop("--local-rank", "The launcher's environment variables say the same.", arity="1"),

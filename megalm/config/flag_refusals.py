@@ -124,7 +124,8 @@ REFUSALS = (
     refused("--checkpoint-in-cpu", "saved activations stay on the device", "remove it; use --sequence-parallel"),
     refused("--synchronize-each-layer", "there is nothing to synchronise between layers", "remove it"),
     refused("--contigious-checkpointing", "saved activations are not copied together", "remove it"),
-    refused("--profile-backward", "there is no such profile", "remove it and use torch's profiler"),
+    refused("--profile-backward", "there is no such profile", "pass --profile"),
+    refused("--profile-ranks", "every rank of the first data-parallel replica is profiled", "remove it"),
     refused(
         "--remote-device",
         "set it in the DeepSpeed JSON",

@@ -56,3 +56,10 @@ class OutputConfig:
     attention: str = option("auto", doc="Attention core: auto, baddbmm (the reference), sdpa.")
     layer_norm: str = option("auto", doc="LayerNorm implementation: auto, reference (fp32 arithmetic), torch.")
     bias_gelu: str = option("auto", doc="Bias-GeLU implementation: auto, jit, torch.")
+
+    profile: bool = option(
+        False, doc="Profile some steps on the ranks of the first replica: a trace, and each kernel family's share."
+    )
+    profile_step_start: int = option(10, doc="First step that is profiled, counted from 1.")
+    profile_step_end: int = option(12, doc="Last step that is profiled.")
+    profile_dir: str | None = option(None, doc="Folder of the profiles; save/profile when not given, or profile.")

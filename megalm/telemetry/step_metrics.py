@@ -37,3 +37,5 @@ class StepMetrics:
     """Whether the update was left out because a gradient was not finite."""
     global_batch_size: int | None = None
     """Samples of this step."""
+    peak_memory_bytes: int | None = None
+    """The most memory that this process has had: tensors on a GPU, the whole process on a CPU."""

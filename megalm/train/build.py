@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+import itertools
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -26,7 +27,7 @@ from megalm.parallel.random import RngStreams
 from megalm.telemetry.console import Console
 from megalm.tokenizers.build import build_tokenizer
 from megalm.tokenizers.protocol import Tokenizer
-from megalm.topology.agree import together
+from megalm.topology.agree import exchange, together
 from megalm.topology.start import Launch, device_type, start, stop
 from megalm.topology.topology import Topology
 from megalm.train.engine import Engine, build_engine
@@ -36,7 +37,7 @@ from megalm.train.optimizer import build_optimizer
 from megalm.train.samples import sample_counts
 from megalm.train.saver import Saver
 from megalm.train.schedule import BatchSize, LearningRate
-from megalm.train.sinks import open_sinks
+from megalm.train.sinks import build_profiler, open_sinks
 from megalm.train.stop import StopRequest
 
 
@@ -91,6 +92,7 @@ def running(plan: Plan) -> Iterator[Run]:
         try:
             yield run
         finally:
+            run.profiler.close()
             for sink in run.sinks:
                 sink.close()
     finally:
@@ -107,9 +109,11 @@ def build(plan: Plan, topology: Topology) -> Run:
     for line in (_summary(plan, topology), *notes(config)):
         console.info(line)
     batch_size = BatchSize.from_config(config.training, dp_size=topology.dp.size)
-    datasets = together(topology, partial(_open_datasets, plan, verifies=topology.local_rank == 0))
+    datasets = together(topology, partial(_open_datasets, plan, verifies=topology.local_rank == 0, log=console.info))
     for line in datasets.report:
         console.info(line)
+    for line in dict.fromkeys(itertools.chain(*exchange(datasets.warnings, topology.world))):
+        console.warning(line)
     streams = RngStreams(config.training.seed, tp=topology.tp, pp=topology.pp, dp=topology.dp, device=topology.device)
     module = _build_module(plan, topology, streams, console)
     engine = _build_engine(config, module, topology)
@@ -138,6 +142,7 @@ def build(plan: Plan, topology: Topology) -> Run:
         ),
         console=console,
         sinks=together(topology, partial(open_sinks, config, topology, console, resumed_step=state.step)),
+        profiler=build_profiler(config, topology, console),
         flops_per_token=flops_per_token(config.model, seq_length=config.data.seq_length),
     )
 
@@ -199,7 +204,7 @@ def _build_engine(config: Config, module: nn.Module, topology: Topology) -> Engi
     return build_engine(module, optimizer, settings, topology)
 
 
-def _open_datasets(plan: Plan, *, verifies: bool) -> Datasets:
+def _open_datasets(plan: Plan, *, verifies: bool, log: Callable[[str], None]) -> Datasets:
     """Corpora and sample maps of every split; does not communicate. A rank of each host `verifies`."""
     training = plan.config.training
     datasets = build_datasets(
@@ -209,6 +214,7 @@ def _open_datasets(plan: Plan, *, verifies: bool) -> Datasets:
         vocab_size=plan.config.model.padded_vocab_size,
         tokenizer_size=plan.tokenizer.vocab_size,
         verifies=verifies,
+        log=log,
     )
     if datasets.train is None and not training.eval_only:
         raise DataError(

@@ -11,7 +11,9 @@ from megalm.config.root import Config
 from megalm.config.step_ranges import parse_step_ranges
 from megalm.data.batches import Batch
 from megalm.telemetry.console import Console
+from megalm.telemetry.memory import peak_memory_bytes
 from megalm.telemetry.metrics import Sink, StepMetrics
+from megalm.telemetry.profile import StepProfiler
 from megalm.topology.topology import Topology
 from megalm.train.engine import Engine
 from megalm.train.evaluation import Evaluator
@@ -44,6 +46,7 @@ class Run:
     stop: StopRequest
     console: Console
     sinks: Sequence[Sink]
+    profiler: StepProfiler
     flops_per_token: float
     recent: deque[tuple[float, int]] = field(default_factory=lambda: deque(maxlen=SPEED_WINDOW_STEPS))
     """Seconds and tokens of the last steps."""
@@ -128,7 +131,8 @@ def step(run: Run) -> StepMetrics:
     learning_rate = run.learning_rate.at(progress)
 
     started = time.perf_counter()
-    result = run.engine.train_step(run.batches, global_batch_size=batch_size, learning_rate=learning_rate)
+    with run.profiler.step(state.step + 1):
+        result = run.engine.train_step(run.batches, global_batch_size=batch_size, learning_rate=learning_rate)
     step_seconds = time.perf_counter() - started
 
     tokens = batch_size * run.config.data.seq_length
@@ -154,6 +158,7 @@ def step(run: Run) -> StepMetrics:
         loss_scale=result.loss_scale,
         skipped=result.skipped,
         global_batch_size=batch_size,
+        peak_memory_bytes=peak_memory_bytes(run.topology.device),
     )
 
 

@@ -8,6 +8,7 @@ from megalm.config.root import Config
 from megalm.errors import ConfigError
 from megalm.telemetry.console import Console
 from megalm.telemetry.metrics import ConsoleSink, JsonlSink, Sink, TensorBoardSink, WandbSink
+from megalm.telemetry.profile import StepProfiler
 from megalm.topology.topology import Topology
 
 
@@ -60,3 +61,18 @@ def draw_curve(config: Config, topology: Topology) -> None:
     from megalm.telemetry.plot import plot_curve
 
     plot_curve(path, config.output.plot)
+
+
+def build_profiler(config: Config, topology: Topology, console: Console) -> StepProfiler:
+    """Profiles what --profile asks for, on the ranks of the first replica."""
+    output = config.output
+    folder = None
+    if output.profile and topology.dp.is_first:
+        folder = Path(output.profile_dir or Path(output.save or ".") / "profile")
+    return StepProfiler(
+        folder,
+        first=output.profile_step_start,
+        last=output.profile_step_end,
+        rank=topology.world.rank,
+        report=console.info,
+    )

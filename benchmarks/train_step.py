@@ -1,0 +1,241 @@
+#!/usr/bin/env python
+"""One whole optimizer step of the trainer and of a peer, side by side: tokens/s, MFU, peak memory.
+
+    python benchmarks/train_step.py --model bloom-1b7 --peer plain-compile
+    python benchmarks/train_step.py --model bloom-560m --peer transformers --micro-batch-sizes 4
+    python benchmarks/train_step.py --model bloom-quickstart --peer transformers --device cpu
+
+The trainer's side is `pretrain_gpt.py` itself under DeepSpeed, on a corpus of random ids; the peers are in
+benchmarks/peers/. Every side is a process of its own with the same shape, micro-batches and threads, and the sides
+take turns --rounds times, so that a machine that slows down slows both. A step is everything between two batches:
+forward and backward of all micro-batches, clipping, the optimizer. Figures are of the median step.
+
+MFU is 6 N_matmul + 6 L s h (causal attention halved) operations a token, and the same with 12 L s h, over --peak-tflops
+(989 on Hopper). On a CPU without --peak-tflops, over the speed of a large matrix product measured at the start.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks" / "peers")]
+
+PEERS = {"plain-compile": "plain_gpt.py", "transformers": "transformers_bloom.py"}
+HOPPER_BF16_TFLOPS = 989.0
+
+
+@dataclass(frozen=True)
+class Result:
+    """One side at one shape; `failure` in place of figures when it did not run."""
+
+    side: str
+    micro_batch_size: int
+    seconds: tuple[float, ...] = ()
+    peak_bytes: int = 0
+    failure: str = ""
+
+
+def main(arguments: list[str]) -> int:
+    options = _options(arguments)
+    with tempfile.TemporaryDirectory() as folder:
+        return compare(options, Path(folder))
+
+
+def compare(options: argparse.Namespace, folder: Path) -> int:
+    """Run every side and print the table; 0 if the trainer ran at every micro-batch size."""
+    from megalm.config.parse import parse_command_line
+
+    preset = _preset(options.model)
+    config = parse_command_line(["--config", str(preset), *_common_flags(options, folder), *options.overrides])
+    device = options.device if options.device != "auto" else _device()
+    print(f"{options.model} on {device}: {config.model.num_layers} layers, hidden {config.model.hidden_size}, "
+          f"{config.model.padded_vocab_size} rows, sequences of {config.data.seq_length}, "
+          f"{options.num_micro_batches} micro-batches a step, {options.threads} thread(s)")  # fmt: skip
+    peak_tflops = options.peak_tflops or (HOPPER_BF16_TFLOPS if device == "cuda" else _matmul_tflops(options.threads))
+    results = []
+    _write_corpus(folder / "random", config, options)
+    for micro_batch_size in options.micro_batch_sizes or [config.training.micro_batch_size]:
+        turns: dict[str, list[Result]] = {"megalm": [], **{peer: [] for peer in options.peer}}
+        for _ in range(options.rounds):
+            for side, found in turns.items():
+                found.append(_run_side(side, preset, config, options, device, micro_batch_size, folder))
+        results += [_joined(found) for found in turns.values()]
+    _print_table(results, config, options, peak_tflops)
+    if options.json:
+        content = {"model": options.model, "device": _device_name(device), "date": time.strftime("%Y-%m-%d"),
+                   "versions": _versions(), "peak_tflops": peak_tflops, "seq_length": config.data.seq_length,
+                   "num_micro_batches": options.num_micro_batches,
+                   "results": [asdict(result) for result in results]}  # fmt: skip
+        Path(options.json).write_text(json.dumps(content, indent=1) + "\n")
+    return 0 if all(result.seconds for result in results if result.side == "megalm") else 1
+
+
+def _options(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="family-size, a file in configs/: bloom-560m, bloom-quickstart")
+    parser.add_argument("--peer", nargs="*", choices=sorted(PEERS), default=[], help="who runs beside the trainer")
+    parser.add_argument("--device", choices=("auto", "cpu"), default="auto")
+    parser.add_argument("--micro-batch-sizes", nargs="+", type=int, help="default: the preset's")
+    parser.add_argument("--num-micro-batches", type=int, default=8, help="micro-batches a step")
+    parser.add_argument("--warmup-steps", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=10, help="steps measured in each round")
+    parser.add_argument("--rounds", type=int, default=1, help="turns of each side")
+    parser.add_argument("--threads", type=int, default=1, help="torch threads of every side")
+    parser.add_argument("--peak-tflops", type=float, help="what MFU divides by")
+    parser.add_argument("--json", help="file that receives all figures")
+    parser.add_argument("overrides", nargs="*", help="further SECTION.FIELD=VALUE for the trainer")
+    return parser.parse_args(arguments)
+
+
+def _preset(model: str) -> Path:
+    family, _, size = model.partition("-")
+    path = ROOT / "configs" / family / f"{size}.yaml"
+    if not path.exists():
+        found = sorted(f"{p.parent.name}-{p.stem}" for p in (ROOT / "configs").glob("*/*.yaml"))
+        sys.exit(f"--model {model}: no {path.relative_to(ROOT)}; there are {', '.join(found)}")
+    return path
+
+
+def _common_flags(options: argparse.Namespace, folder: Path) -> list[str]:
+    """What the trainer is told beside its preset: a null tokenizer over the preset's vocabulary, and no side work."""
+    iterations = options.warmup_steps + options.steps
+    vocab_size = "4096" if options.model == "bloom-quickstart" else "250680" if "bloom" in options.model else "50257"
+    return ["--tokenizer-type", "NullTokenizer", "--vocab-size", vocab_size, "--data-path", str(folder / "random"),
+            "--train-iters", str(iterations), "--lr-warmup-iters", "2", "--eval-interval", "0", "--split", "100,0,0",
+            "--log-interval", "1000000"]  # fmt: skip
+
+
+def _write_corpus(prefix: Path, config: Any, options: argparse.Namespace) -> None:
+    import numpy as np
+
+    from megalm.data.indexed_writer import IndexedWriter
+
+    samples = max(options.micro_batch_sizes or [config.training.micro_batch_size]) * options.num_micro_batches
+    tokens = (config.data.seq_length + 1) * samples * (options.warmup_steps + options.steps + 1)
+    vocab = config.model.vocab_size
+    generator = np.random.default_rng(0)
+    with IndexedWriter(prefix, np.uint16 if vocab < 65_500 else np.int32) as writer:
+        for _ in range(16):
+            writer.add_document(generator.integers(0, vocab, tokens // 16 + 1))
+
+
+def _run_side(
+    side: str, preset: Path, config: Any, options: argparse.Namespace, device: str, micro_batch_size: int, folder: Path
+) -> Result:
+    environment = {**os.environ, "OMP_NUM_THREADS": str(options.threads)}
+    if device == "cpu":
+        environment |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+    metrics = folder / "metrics.jsonl"
+    if side == "megalm":
+        metrics.unlink(missing_ok=True)
+        command = [sys.executable, str(ROOT / "pretrain_gpt.py"), "--config", str(preset),
+                   *_common_flags(options, folder), "--micro-batch-size", str(micro_batch_size),
+                   "--global-batch-size", str(micro_batch_size * options.num_micro_batches),
+                   "--metrics-path", str(metrics), *options.overrides]  # fmt: skip
+    else:
+        from stepping import Shape
+
+        model = config.model
+        shape = Shape(
+            num_layers=model.num_layers, hidden_size=model.hidden_size, num_heads=model.num_heads,
+            vocab_rows=model.padded_vocab_size, seq_length=config.data.seq_length, micro_batch_size=micro_batch_size,
+            num_micro_batches=options.num_micro_batches, warmup_steps=options.warmup_steps, steps=options.steps,
+            device=device, dtype=config.training.dtype, threads=options.threads,
+        )  # fmt: skip
+        command = [sys.executable, str(ROOT / "benchmarks" / "peers" / PEERS[side]), json.dumps(asdict(shape))]
+    ended = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True)
+    if ended.returncode != 0:
+        out_of_memory = "out of memory" in ended.stderr.lower()
+        reason = "out of memory" if out_of_memory else ended.stderr.strip()[-2000:]
+        return Result(side, micro_batch_size, failure=reason)
+    if side != "megalm":
+        found = json.loads(ended.stdout.strip().splitlines()[-1])
+        return Result(side, micro_batch_size, tuple(found["seconds"]), found["peak_bytes"])
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    steps = [line for line in lines if line["kind"] == "train"][options.warmup_steps :]
+    peak = max(line.get("peak_memory_bytes") or 0 for line in steps)
+    return Result(side, micro_batch_size, tuple(line["step_seconds"] for line in steps), peak)
+
+
+def _joined(turns: list[Result]) -> Result:
+    failures = [turn.failure for turn in turns if turn.failure]
+    seconds = tuple(second for turn in turns for second in turn.seconds)
+    first = turns[0]
+    return Result(
+        first.side, first.micro_batch_size, seconds, max(t.peak_bytes for t in turns), failures[0] if failures else ""
+    )
+
+
+def _print_table(results: list[Result], config: Any, options: argparse.Namespace, peak_tflops: float) -> None:
+    from megalm.models.flops import flops_per_token
+
+    halved = flops_per_token(config.model, seq_length=config.data.seq_length)
+    full = flops_per_token(config.model, seq_length=config.data.seq_length, causal=False)
+    print(f"\n| side | micro-batch | ms a step | tokens/s | TFLOP/s | MFU of {peak_tflops:.3g} | with full attention "
+          "| peak GiB | trainer's tokens/s over it |\n|---|---|---|---|---|---|---|---|---|")  # fmt: skip
+    ours = {r.micro_batch_size: statistics.median(r.seconds) for r in results if r.side == "megalm" and r.seconds}
+    for result in results:
+        if not result.seconds:
+            print(f"| {result.side} | {result.micro_batch_size} | {result.failure} | | | | | | |")
+            continue
+        second = statistics.median(result.seconds)
+        tokens = result.micro_batch_size * options.num_micro_batches * config.data.seq_length / second
+        ratio = second / ours[result.micro_batch_size] if result.micro_batch_size in ours else float("nan")
+        print(
+            f"| {result.side} | {result.micro_batch_size} | {second * 1e3:.1f} | {tokens:,.0f} "
+            f"| {tokens * halved / 1e12:.3g} | {tokens * halved / 1e12 / peak_tflops:.1%} "
+            f"| {tokens * full / 1e12 / peak_tflops:.1%} | {result.peak_bytes / 2**30:.2f} | {ratio:.2f} |"
+        )
+
+
+def _device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _device_name(device: str) -> str:
+    import torch
+
+    return torch.cuda.get_device_name() if device == "cuda" else f"cpu, {os.cpu_count()} cores"
+
+
+def _versions() -> dict[str, str]:
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {}
+    for package in ("torch", "triton", "deepspeed", "transformers"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _matmul_tflops(threads: int) -> float:
+    import torch
+
+    torch.set_num_threads(threads)
+    a = torch.randn(1024, 1024)
+    seconds = []
+    for _ in range(5):
+        started = time.perf_counter()
+        for _ in range(4):
+            a @ a
+        seconds.append((time.perf_counter() - started) / 4)
+    return 2 * 1024**3 / min(seconds) / 1e12
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
