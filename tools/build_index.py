@@ -32,11 +32,13 @@ def main(arguments: list[str]) -> int:
         from megalm.train.samples import open_datasets
 
         config = parse_command_line(arguments[cut + 1 :])
-        datasets = open_datasets(config, dp_size=options.data_parallel_size)
+        datasets = open_datasets(config, dp_size=options.data_parallel_size, log=print)
     except MegalmError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return error.exit_code
     print("\n".join(datasets.report))
+    for warning in datasets.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
     print(f"{time.perf_counter() - started:.1f} s")
     return 0
 

@@ -9,7 +9,9 @@ import numpy as np
 import numpy.typing as npt
 
 from megalm.data.source import SampleSource
+from megalm.errors import DataError
 
+MOST_CORPORA = np.iinfo(np.int16).max
 CHUNKS = 1024
 """Stretches of the order that are computed side by side."""
 CELLS = 1 << 16
@@ -91,11 +93,22 @@ def numbered_within(choices: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
 class Blend:
     """A source whose samples come from several others in largest-deficit order."""
 
-    def __init__(self, datasets: Sequence[SampleSource], weights: Sequence[float], num_samples: int) -> None:
+    def __init__(
+        self,
+        datasets: Sequence[SampleSource],
+        weights: Sequence[float],
+        num_samples: int,
+        *,
+        choices: npt.NDArray[np.int16] | None = None,
+    ) -> None:
+        """`choices` is `largest_deficit` of the normalised weights, if the caller has it already."""
         if len(datasets) != len(weights) or not datasets:
             raise ValueError(f"{len(datasets)} datasets and {len(weights)} weights")
+        if len(datasets) > MOST_CORPORA:
+            raise DataError(f"{len(datasets):,} corpora in one blend; {MOST_CORPORA:,} are the most, merge some")
         self.datasets = tuple(datasets)
-        self.choices = largest_deficit(normalised(weights), num_samples)
+        self.weights = normalised(weights)
+        self.choices = largest_deficit(self.weights, num_samples) if choices is None else choices
         self.numbers = numbered_within(self.choices)
 
     def __len__(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -9,13 +10,18 @@ import numpy as np
 
 from megalm.config.data import DataConfig
 from megalm.data.blend import Blend, largest_deficit, normalised
+from megalm.data.draws import Draw, duplicates, leaks, shortfalls, table
 from megalm.data.gpt_dataset import GPTDataset
-from megalm.data.indexed import IndexedDataset
+from megalm.data.indexed import IndexedDataset, shown, sidecar_path
 from megalm.data.order import order_named
+from megalm.data.sidecar import check_index_hash
 from megalm.data.source import SampleSource
 from megalm.data.split import SPLITS, Member, parse_data_path, parse_groups, range_bounds
 from megalm.data.verify import verify_corpus
 from megalm.errors import DataError
+
+MANY_CORPORA = 100
+SECONDS_BETWEEN_LINES = 5.0
 
 
 @dataclass
@@ -26,7 +32,9 @@ class Datasets:
     valid: dict[str, SampleSource] = field(default_factory=dict)
     test: dict[str, SampleSource] = field(default_factory=dict)
     report: list[str] = field(default_factory=list)
-    """One line for each corpus and split: sequences, tokens, samples, epochs. To be logged before training."""
+    """Lines on what is taken of each corpus, to be logged before training."""
+    warnings: list[str] = field(default_factory=list)
+    """What a user would want to know or change: repeated or missing samples, caches that were damaged."""
 
 
 def build_datasets(
@@ -43,6 +51,7 @@ def build_datasets(
 
     Every rank may call this at once. `vocab_size` is the number of ids that the model has room for, `tokenizer_size`
     the number that its tokenizer has. With data.verify_data the processes that pass `verifies` read every corpus whole.
+    `log` hears how far it is, where there are thousands of corpora.
     Raises: DataError for corpora, splits and weights that cannot be used.
     """
     builder = _Builder(
@@ -81,20 +90,23 @@ class _Builder:
         self.order = order_named(data.sample_order)
         self.log = log
         self.datasets = Datasets()
+        self.trained: list[Draw] = []
+        self.spoke_at = time.monotonic()
         self._open: dict[str, IndexedDataset] = {}
 
     def add_data_path(self, words: tuple[str, ...], split_text: str, wanted: Mapping[str, int]) -> None:
         members = parse_data_path(words)
+        self._announce(len(members))
         bounds = [self.order.bounds(split_text, self.indexed(member.prefix).num_sequences) for member in members]
         for at, split in enumerate(SPLITS):
             if wanted[split] < 1:
                 continue
             parts = [(member, ranges[at]) for member, ranges in zip(members, bounds, strict=True)]
             kept = [(member, part) for member, part in parts if part[1] > part[0]]
-            for member, _ in (pair for pair in parts if pair not in kept):
-                self.datasets.report.append(f"{split}: no sequence of {member.prefix} falls in it (split {split_text})")
+            for member, _ in ((member, part) for member, part in parts if part[1] <= part[0]):
+                self._warn(f"{split}: no sequence of {shown(member.prefix)} falls in it (split {split_text})")
             if kept:
-                self._store(split, split, self.source(split, kept, wanted[split], blended=len(words) > 1))
+                self._store(split, split, self.source(split, split, kept, wanted[split], blended=len(words) > 1))
             elif split != "test":
                 raise DataError(
                     f"the {split} split of data_path is empty, and {wanted[split]} samples are needed\n"
@@ -109,38 +121,51 @@ class _Builder:
             return
         if split == "train" and not groups:
             raise DataError("no training corpus is given\n  pass --train-weighted-split-paths beside the others")
+        self._announce(sum(len(group.members) for group in groups))
         for group in groups:
             parts = [
                 (member, range_bounds(member, self.indexed(member.prefix).num_sequences)) for member in group.members
             ]
-            self._report_overlaps(group.name, parts)
-            self._store(split, group.name, self.source(group.name, parts, wanted, blended=len(parts) > 1))
+            self._store(split, group.name, self.source(group.name, split, parts, wanted, blended=len(parts) > 1))
 
     def source(
-        self, name: str, parts: Sequence[tuple[Member, tuple[int, int]]], num_samples: int, *, blended: bool
+        self,
+        name: str,
+        split: str,
+        parts: Sequence[tuple[Member, tuple[int, int]]],
+        num_samples: int,
+        *,
+        blended: bool,
     ) -> SampleSource:
-        if not blended:
-            ((member, split_range),) = parts
-            return self._corpus(name, member, split_range, num_samples)
         for member, _ in parts:
             if not member.weight > 0:
-                raise DataError(f"corpus {member.prefix} has weight {member.weight}; leave it out instead")
+                raise DataError(f"corpus {shown(member.prefix)} has weight {member.weight}; leave it out instead")
         weights = normalised([member.weight for member, _ in parts])
-        used = np.bincount(largest_deficit(weights, num_samples), minlength=len(parts))
-        corpora = [
+        choices = largest_deficit(weights, num_samples)
+        used = np.bincount(choices, minlength=len(parts)).tolist()
+        corpora, draws = [], []
+        for (member, split_range), weight, uses in zip(parts, weights, used, strict=True):
             # The surplus of the other trainers is too small for few samples: there they fail and we ask for more.
-            self._corpus(name, member, split_range, max(self.order.share(num_samples, weight), int(uses)))
-            for (member, split_range), weight, uses in zip(parts, weights, used, strict=True)
-        ]
-        return Blend(corpora, weights, num_samples)
+            asked = max(self.order.share(num_samples, weight), uses) if blended else num_samples
+            corpora.append(self._corpus(name, member, split_range, asked))
+            draws.append(self._draw(name, split, corpora[-1], weight, uses))
+            self._progress(name, len(corpora), len(parts))
+        self._tell(draws)
+        return Blend(corpora, weights, num_samples, choices=choices) if blended else corpora[0]
 
     def indexed(self, prefix: str) -> IndexedDataset:
         if prefix not in self._open:
             if self.data.verify_data and self.verifies:
-                hashed = verify_corpus(prefix, vocab_size=self.vocab_size).hashed
-                proved = "equals its hashes" if hashed else "has no hashes, so that its content is not proved"
-                self.datasets.report.append(f"verified: {prefix} is whole and {proved}")
-            self._open[prefix] = self._suited(IndexedDataset(prefix))
+                if verify_corpus(prefix, vocab_size=self.vocab_size).hashed:
+                    self.datasets.report.append(f"verified: {shown(prefix)} is whole and equals its hashes")
+                else:
+                    self._warn(
+                        f"{shown(prefix)} is whole, but no {sidecar_path(prefix).name} is beside it: a changed token "
+                        "cannot be told from a right one"
+                    )
+            indexed = IndexedDataset(prefix)
+            check_index_hash(prefix)
+            self._open[prefix] = self._suited(indexed)
         return self._open[prefix]
 
     def _suited(self, indexed: IndexedDataset) -> IndexedDataset:
@@ -155,9 +180,8 @@ class _Builder:
         return indexed
 
     def _corpus(self, name: str, member: Member, split_range: tuple[int, int], num_samples: int) -> GPTDataset:
-        indexed = self.indexed(member.prefix)
-        dataset = GPTDataset(
-            indexed,
+        return GPTDataset(
+            self.indexed(member.prefix),
             split_range,
             seq_length=self.data.seq_length,
             num_samples=num_samples,
@@ -166,16 +190,35 @@ class _Builder:
             order=self.order,
             cache_path=self.data.cache_path,
             vocab_size=self.vocab_size,
-            log=self.log,
+            log=self._warn,
         )
-        begin, end = split_range
-        tokens = int(indexed.lengths[begin:end].sum(dtype=np.int64))
-        epochs = num_samples * self.data.seq_length / tokens
-        self.datasets.report.append(
-            f"{name}: {member.prefix} sequences [{begin}, {end}), {tokens:,} tokens, "
-            f"{num_samples:,} samples of {self.data.seq_length} = {epochs:.3g} epochs"
+
+    def _draw(self, name: str, split: str, dataset: GPTDataset, weight: float, uses: int) -> Draw:
+        return Draw(
+            set_name=name,
+            split=split,
+            prefix=dataset.indexed.prefix,
+            weight=weight,
+            sequences=dataset.split_range,
+            num_sequences=dataset.indexed.num_sequences,
+            tokens=dataset.num_tokens,
+            seq_length=self.data.seq_length,
+            asked=uses,
         )
-        return dataset
+
+    def _tell(self, draws: list[Draw]) -> None:
+        self.datasets.report += table(draws)
+        warnings = [*shortfalls(draws), *duplicates(draws)]
+        if draws[0].split == "train":
+            self.trained = draws
+        elif self.trained:
+            warnings += leaks(self.trained, draws)
+        for warning in warnings:
+            self._warn(warning)
+
+    def _warn(self, message: str) -> None:
+        if message not in self.datasets.warnings:
+            self.datasets.warnings.append(message)
 
     def _store(self, split: str, name: str, source: SampleSource) -> None:
         if split == "train":
@@ -183,9 +226,12 @@ class _Builder:
         else:
             getattr(self.datasets, split)[name] = source
 
-    def _report_overlaps(self, name: str, parts: Sequence[tuple[Member, tuple[int, int]]]) -> None:
-        for at, (member, (begin, end)) in enumerate(parts):
-            for other, (other_begin, other_end) in parts[:at]:
-                shared = min(end, other_end) - max(begin, other_begin)
-                if member.prefix == other.prefix and shared > 0:
-                    self.datasets.report.append(f"{name}: {shared} sequences of {member.prefix} are in it twice")
+    def _announce(self, num_corpora: int) -> None:
+        if self.log is not None and num_corpora > MANY_CORPORA:
+            self.log(f"opening {num_corpora:,} corpora")
+
+    def _progress(self, name: str, done: int, total: int) -> None:
+        """A line now and then, where thousands of maps are built."""
+        if self.log is not None and time.monotonic() - self.spoke_at > SECONDS_BETWEEN_LINES:
+            self.spoke_at = time.monotonic()
+            self.log(f"{name}: sample maps of {done:,} of {total:,} corpora are there")

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from megalm.data.indexed import IndexedDataset
 from megalm.data.map_cache import cached_sample_map
 from megalm.data.order import BIGSCIENCE, Order
-from megalm.data.sample_map import SampleMap
+from megalm.data.sample_map import SampleMap, count_epochs
 from megalm.errors import DataError
 
 
@@ -46,6 +46,10 @@ class GPTDataset:
         self.seq_length = seq_length
         self.split_range = split_range
         self.vocab_size = vocab_size
+        self.seed = seed
+        self.num_tokens = int(indexed.lengths[begin:end].sum(dtype=np.int64))
+        self._is_signed = indexed.dtype.kind == "i"
+        self._epochs = count_epochs(self.num_tokens, num_samples, seq_length, order)
         self.map: SampleMap = cached_sample_map(
             indexed.prefix,
             name,
@@ -56,6 +60,7 @@ class GPTDataset:
             seed=seed,
             order=order,
             cache_path=cache_path,
+            content=indexed.content,
             log=log,
         )
 
@@ -78,7 +83,9 @@ class GPTDataset:
                 f"sample {i} of {indexed.prefix} has {filled} tokens, not {len(out)}: its sample map is damaged"
             )
         if self.vocab_size is not None and int(out.max()) >= self.vocab_size:
-            self._refuse(i, out)
+            self._refuse(i, out, int(out.argmax()))
+        if self._is_signed and int(out.min()) < 0:
+            self._refuse(i, out, int(out.argmin()))
         return out
 
     def pieces(self, i: int) -> list[tuple[int, int, int]]:
@@ -94,14 +101,26 @@ class GPTDataset:
         found.append((sequences[-1], 0, last_offset + 1))
         return found
 
-    def _refuse(self, i: int, sample: npt.NDArray[Any]) -> None:
-        position = int(sample.argmax())
+    def order_fields(self) -> list[Any]:
+        """What the order of samples depends on; more samples keep it as long as they take no further epoch."""
+        epochs = self._epochs
+        return [
+            self.indexed.content,
+            list(self.split_range),
+            self.seq_length,
+            self.seed,
+            epochs.num_epochs,
+            epochs.final_apart,
+        ]
+
+    def _refuse(self, i: int, sample: npt.NDArray[Any], position: int) -> None:
         passed = 0
         for sequence, offset, length in self.pieces(i):
             if position < passed + length:
+                rows = "" if self.vocab_size is None else f" of {self.vocab_size}"
                 raise DataError(
                     f"token id {int(sample[position])} in {self.indexed.prefix}, sequence {sequence}, "
-                    f"token {offset + position - passed}, lies outside of the vocabulary of {self.vocab_size}\n"
+                    f"token {offset + position - passed}, lies outside of the vocabulary{rows}\n"
                     "  the corpus was made with another tokenizer: tokenize it again, or raise --pad-vocab-size-to"
                 )
             passed += length

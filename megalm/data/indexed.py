@@ -8,10 +8,12 @@ tokens, int64[S] byte offsets into `.bin`, int64[D] document bounds in sequences
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import stat
 import struct
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +124,11 @@ def read_header(path: Path) -> Header:
     return header
 
 
+def fingerprint(lengths: npt.NDArray[np.int32]) -> str:
+    """Digest of the lengths of a corpus."""
+    return hashlib.sha256(np.ascontiguousarray(lengths).data).hexdigest()
+
+
 class IndexedDataset:
     """Random access to the sequences of one corpus, without loading it.
 
@@ -152,6 +159,11 @@ class IndexedDataset:
 
     def __len__(self) -> int:
         return self.num_sequences
+
+    @cached_property
+    def content(self) -> str:
+        """Digest of the lengths: all of a corpus that an order of its samples depends on."""
+        return fingerprint(self.lengths)
 
     @property
     def num_documents(self) -> int:

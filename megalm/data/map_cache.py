@@ -23,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megalm.data.folder_lock import folder_lock
+from megalm.data.indexed import fingerprint
 from megalm.data.indexed_writer import sync_folder
 from megalm.data.mapped import map_array
 from megalm.data.order import Order
@@ -51,11 +52,6 @@ class MapKey:
         """A short name of all fields together."""
         text = json.dumps([FORMAT, *vars(self).values()])
         return hashlib.sha256(text.encode()).hexdigest()[:20]
-
-
-def fingerprint(lengths: npt.NDArray[np.int32]) -> str:
-    """Digest of the lengths of a corpus: all of its content that a sample map depends on."""
-    return hashlib.sha256(np.ascontiguousarray(lengths).data).hexdigest()
 
 
 def cached_sample_map(

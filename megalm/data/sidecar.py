@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from megalm.data.indexed import sidecar_path
+from megalm.data.indexed import index_path, sidecar_path
 from megalm.errors import DataError
 
 PIECE = 1 << 20
@@ -33,6 +33,18 @@ def read_sidecar(prefix: str) -> dict[str, Any] | None:
         raise DataError(f"{path} is damaged: {error!r}\n  delete it to use the corpus without hashes") from error
     found: dict[str, Any] = content
     return found
+
+
+def check_index_hash(prefix: str) -> bool:
+    """Compare the index, the small file of the two, with its hash; False if there is no sidecar to say it.
+
+    Raises: DataError if they differ.
+    """
+    sidecar = read_sidecar(prefix)
+    if sidecar is None:
+        return False
+    check_hash(index_path(prefix), sidecar["files"]["idx"])
+    return True
 
 
 def check_hash(path: Path, expected: dict[str, Any]) -> None:

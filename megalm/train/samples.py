@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from megalm.config.root import Config
 from megalm.config.step_ranges import parse_step_ranges
@@ -21,9 +21,11 @@ def sample_counts(config: Config, *, dp_size: int) -> dict[str, int]:
     return {"train": batch_size.samples_for(steps), "valid": evaluated, "test": evaluated}
 
 
-def open_datasets(config: Config, *, dp_size: int) -> Datasets:
+def open_datasets(config: Config, *, dp_size: int, log: Callable[[str], None] | None = None) -> Datasets:
     """The sources of a run, as training opens them."""
-    return build_datasets(config.data, num_samples=sample_counts(config, dp_size=dp_size), seed=config.training.seed)
+    return build_datasets(
+        config.data, num_samples=sample_counts(config, dp_size=dp_size), seed=config.training.seed, log=log
+    )
 
 
 def samples_of_steps(config: Config, first: int, last: int, *, dp_size: int) -> Iterator[tuple[int, range]]:

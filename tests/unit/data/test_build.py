@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from megalm.data.gpt_dataset import GPTDataset
 from megalm.data.indexed import IndexedDataset
 from megalm.data.indexed_writer import IndexedWriter
 from megalm.errors import DataError
+from tests.support.token_files import write_by_description
 
 NUM_SAMPLES = {"train": 120, "valid": 16, "test": 4}
 
@@ -21,6 +23,13 @@ def corpus(folder: Path, name: str, base: int = 0, documents: int = 200) -> str:
         for _ in range(documents):
             writer.add_document(base + draw.integers(0, 1000, draw.integers(1, 40)))
     return str(folder / name)
+
+
+def write_lengths(prefix: Path, lengths: list[int]) -> str:
+    with IndexedWriter(prefix, "u2") as writer:
+        for length in lengths:
+            writer.add_document(np.arange(length) % 500)
+    return str(prefix)
 
 
 def test_samples_are_cut_from_one_stream_with_one_token_shared(tmp_path: Path) -> None:
@@ -46,7 +55,7 @@ def test_splits_of_a_corpus_share_no_document(tmp_path: Path) -> None:
     built = build_datasets(data, num_samples=NUM_SAMPLES, seed=1)
     ranges = [built.train.split_range, built.valid["valid"].split_range, built.test["test"].split_range]
     assert ranges == [(0, 180), (180, 196), (196, 200)]
-    assert len(built.report) == 3
+    assert [line.split(":")[0] for line in built.report] == ["train", "valid", "test"]
 
 
 def test_blend_draws_from_each_corpus_by_weight(tmp_path: Path) -> None:
@@ -72,8 +81,75 @@ def test_several_named_validation_sets(tmp_path: Path) -> None:
 def test_corpus_used_twice_in_a_group_is_reported(tmp_path: Path) -> None:
     a = corpus(tmp_path, "a")
     data = DataConfig(train_weighted_split_paths=(f"T: 1 0:0.5 {a}, 1 0.25:1 {a}",), seq_length=16)
-    report = build_datasets(data, num_samples={"train": 10}, seed=1).report
-    assert any("50 sequences" in line and "twice" in line for line in report)
+    warnings = build_datasets(data, num_samples={"train": 10}, seed=1).warnings
+    assert any("50 sequences" in line and "twice" in line for line in warnings)
+
+
+def test_corpus_under_two_names_is_known_for_one(tmp_path: Path) -> None:
+    a = corpus(tmp_path, "a")
+    for suffix in (".bin", ".idx"):
+        (tmp_path / f"link{suffix}").symlink_to(f"{a}{suffix}")
+    data = DataConfig(data_path=("1", a, "1", str(tmp_path / "link")), split="1,0,0", seq_length=16)
+    assert "200 sequences of" in build_datasets(data, num_samples={"train": 10}, seed=1).warnings[0]
+
+
+def test_sequences_that_are_trained_on_and_evaluated_on_are_reported(tmp_path: Path) -> None:
+    a = corpus(tmp_path, "a")
+    data = DataConfig(
+        train_weighted_split_paths=(f"T: 1 0:0.95 {a}",),
+        valid_weighted_split_paths=(f"V: 1 0.9:1 {a}", f"W: 1 0.95:1 {a}"),
+        seq_length=16,
+    )
+    warnings = build_datasets(data, num_samples={"train": 10, "valid": 2}, seed=1).warnings
+    assert len(warnings) == 1
+    assert re.match(r"V: 10 sequences of .* are in T too", warnings[0])
+
+
+def test_report_counts_samples_epochs_and_repetitions(tmp_path: Path) -> None:
+    a, b = (write_lengths(tmp_path / name, [1000] * n) for name, n in (("a", 1), ("b", 8)))
+    data = DataConfig(data_path=("1", a, "1", b), split="1,0,0", seq_length=100)
+    built = build_datasets(data, num_samples={"train": 80}, seed=1)
+    assert built.report[0] == "train: 80 samples of 100 tokens from 2 corpora"
+    # (1,000 - 1) // 100 = 9 samples of a; 40 are asked, that is 4,000 of 1,000 tokens and 31 samples again.
+    assert built.report[2].split() == ["0.5", "40", "9", "4", "31", f"{a},", "1,000", "tokens"]
+    assert built.report[3].split() == ["0.5", "40", "79", "0.5", "0", f"{b},", "8,000", "tokens"]
+    assert built.warnings == []
+
+
+def test_single_corpus_is_reported_in_a_line(tmp_path: Path) -> None:
+    a = write_lengths(tmp_path / "a", [1000])
+    data = DataConfig(data_path=(a,), split="1,0,0", seq_length=100)
+    (line,) = build_datasets(data, num_samples={"train": 30}, seed=1).report
+    assert line == (
+        f"train: 30 samples of 100 tokens from {a}, 1,000 tokens, 9 in an epoch: 3 epochs, 21 samples are seen again"
+    )
+
+
+def test_evaluation_that_reads_samples_again_is_a_warning(tmp_path: Path) -> None:
+    a = write_lengths(tmp_path / "a", [1000] * 10)
+    data = DataConfig(data_path=(a,), split="90,10,0", seq_length=100)
+    (warning,) = build_datasets(data, num_samples={"train": 30, "valid": 12}, seed=1).warnings
+    assert "valid: too small" in warning
+    assert "(12 asked, 9 there)" in warning
+
+
+def test_corpus_that_gives_no_sample_is_a_warning(tmp_path: Path) -> None:
+    a, b, c = (write_lengths(tmp_path / name, [1000] * 5) for name in "abc")
+    data = DataConfig(data_path=("1", a, "0.0002", b, "0.0001", c), split="1,0,0", seq_length=100)
+    (warning,) = build_datasets(data, num_samples={"train": 30}, seed=1).warnings
+    assert f"train: 30 samples are too few to draw one of {c} (weight 0.0001)" in warning
+
+
+def test_report_of_many_corpora_is_short(tmp_path: Path) -> None:
+    names = [write_lengths(tmp_path / f"c{i:02}", [10 * (i + 1)]) for i in range(40)]
+    data = DataConfig(data_path=tuple(word for name in names for word in ("1", name)), split="1,0,0", seq_length=10)
+    said: list[str] = []
+    built = build_datasets(data, num_samples={"train": 400}, seed=1, log=said.append)
+    assert len(built.report) == 3 + 5
+    # Ten samples each; the corpus of 10 * k tokens holds k - 1, so that k up to 10 repeat: 10 + 9 + ... + 1.
+    assert "30 corpora are read once or less, 10 more than once (55 samples are seen again)" in built.report[1]
+    assert "c00" in built.report[3]
+    assert len(built.warnings) == 0
 
 
 def test_id_outside_of_the_vocabulary_is_named_with_its_place(tmp_path: Path) -> None:
@@ -110,6 +186,38 @@ def test_verification_before_training_finds_a_flipped_bit(tmp_path: Path) -> Non
     with pytest.raises(DataError, match="does not have the sha256"):
         build_datasets(data, num_samples={"train": 9}, seed=1)
     build_datasets(data, num_samples={"train": 9}, seed=1, verifies=False)
+
+
+def test_index_is_held_against_its_hash_on_opening(tmp_path: Path) -> None:
+    """A document bound that moved, and a dtype of the same size, leave every size and pointer consistent."""
+    a = corpus(tmp_path, "a")
+    data = DataConfig(data_path=(a,), seq_length=16, split="1,0,0")
+    raw = bytearray(Path(f"{a}.idx").read_bytes())
+    for at, value in ((len(raw) - 16, raw[len(raw) - 16] ^ 1), (17, 3)):
+        changed = bytearray(raw)
+        changed[at] = value
+        Path(f"{a}.idx").write_bytes(changed)
+        IndexedDataset(a)
+        with pytest.raises(DataError, match="a.idx does not have the sha256"):
+            build_datasets(data, num_samples={"train": 9}, seed=1)
+
+
+def test_verification_says_that_hashes_are_absent(tmp_path: Path) -> None:
+    a = corpus(tmp_path, "a")
+    Path(f"{a}.meta.json").unlink()
+    built = build_datasets(
+        DataConfig(data_path=(a,), seq_length=16, split="1,0,0", verify_data=True), num_samples={"train": 9}, seed=1
+    )
+    assert "no a.meta.json is beside it" in built.warnings[0]
+    assert not any("verified" in line for line in built.report)
+
+
+def test_negative_id_is_refused_when_it_is_read(tmp_path: Path) -> None:
+    write_by_description(tmp_path / "n", [[[1, 2, -3, 4, 5, 6, 7, 8, 9]]], code=4)
+    data = DataConfig(data_path=(str(tmp_path / "n"),), seq_length=8, split="1,0,0")
+    built = build_datasets(data, num_samples={"train": 1}, seed=1)
+    with pytest.raises(DataError, match=r"token id -3 in .*n, sequence 0, token 2, lies outside of the vocabulary"):
+        built.train[0]
 
 
 @pytest.mark.parametrize(
