@@ -13,9 +13,10 @@ Rules for kernels: call `tl.sum(x)` rather than `x.sum()`; import the language a
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
 
@@ -42,6 +43,7 @@ def triton_device() -> Iterator[torch.device]:
 def _interpreted() -> Iterator[None]:
     import triton
     import triton.language as tl
+    from triton.runtime import interpreter
     from triton.runtime.interpreter import InterpretedFunction
     from triton.runtime.jit import JITFunction
 
@@ -51,7 +53,9 @@ def _interpreted() -> Iterator[None]:
     replaced: list[tuple[ModuleType, str, Any]] = []
     twins: dict[int, Any] = {}
     interpret = triton.knobs.runtime.interpret
+    patch_tensor = interpreter._patch_lang_tensor
     triton.knobs.runtime.interpret = True
+    interpreter._patch_lang_tensor = functools.partial(_patch_tensor, patch_tensor)
     try:
         for module in _modules_with_kernels():
             for name, value in list(vars(module).items()):
@@ -62,10 +66,17 @@ def _interpreted() -> Iterator[None]:
         yield
     finally:
         triton.knobs.runtime.interpret = interpret
+        interpreter._patch_lang_tensor = patch_tensor
         for module, name, value in replaced:
             setattr(module, name, value)
         for target, attributes in before:
             _restore(target, attributes)
+
+
+def _patch_tensor(patch: Callable[..., None], tensor: Any, scope: Any) -> None:
+    patch(tensor, scope)
+    # Triton 3.6 converts an array of one element, which numpy 2.4 refuses, where a loop's bound is computed in a kernel.
+    scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
 
 
 def _modules_with_kernels() -> list[ModuleType]:
