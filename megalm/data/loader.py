@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+
+import torch
 
 from megalm.data.batches import Batch, make_batch
 from megalm.data.sampler import micro_batches
@@ -24,14 +27,14 @@ def batch_iterator(
     num_workers: int = 0,
     eod_id: int | None = None,
     eod_mask_loss: bool = False,
-    reset_position_ids: bool = False,
-    reset_attention_mask: bool = False,
+    pinned_for: torch.device | None = None,
     global_batch_size_at: Callable[[int], int] | None = None,
 ) -> Iterator[Batch]:
     """This rank's micro-batches from `consumed_samples` on, until the dataset cannot fill one for every rank.
 
     With `num_workers` > 0 as many threads read ahead; the order and the content are the same as with 0, which reads
     when asked. Threads suffice: a sample is a copy out of the page cache, done without holding the interpreter long.
+    Batches are in pinned memory if they are `pinned_for` a GPU.
     `global_batch_size_at` (consumed samples -> batch) is only checked: dealt in order, any ramp-up comes out right.
     """
     if global_batch_size_at is not None:
@@ -40,13 +43,11 @@ def batch_iterator(
             raise ValueError(f"global batch {size} is no multiple of {micro_batch_size} x {dp_size}")
 
     def load(numbers: range) -> Batch:
-        return make_batch(
-            [dataset[i] for i in numbers],
-            eod_id=eod_id,
-            eod_mask_loss=eod_mask_loss,
-            reset_position_ids=reset_position_ids,
-            reset_attention_mask=reset_attention_mask,
-        )
+        batch = make_batch([dataset[i] for i in numbers], eod_id=eod_id, eod_mask_loss=eod_mask_loss)
+        if pinned_for is None or pinned_for.type != "cuda":
+            return batch
+        with torch.cuda.device(pinned_for):  # A thread starts out on GPU 0, and would take memory there.
+            return batch.pin()
 
     parts = micro_batches(
         len(dataset),
@@ -73,3 +74,21 @@ def _read_ahead(load: Callable[[range], Batch], parts: Iterator[range], num_work
         finally:
             for future in waiting:
                 future.cancel()
+
+
+class TimedBatches:
+    """Batches as they come, and how long their reader waited for them."""
+
+    def __init__(self, batches: Iterator[Batch]) -> None:
+        self._batches = batches
+        self.seconds = 0.0
+
+    def __iter__(self) -> TimedBatches:
+        return self
+
+    def __next__(self) -> Batch:
+        started = time.perf_counter()
+        try:
+            return next(self._batches)
+        finally:
+            self.seconds += time.perf_counter() - started

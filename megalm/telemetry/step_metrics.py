@@ -37,5 +37,7 @@ class StepMetrics:
     """Whether the update was left out because a gradient was not finite."""
     global_batch_size: int | None = None
     """Samples of this step."""
+    data_seconds: float | None = None
+    """What of the step the first rank waited for batches."""
     peak_memory_bytes: int | None = None
     """The most memory that this process has had: tensors on a GPU, the whole process on a CPU."""

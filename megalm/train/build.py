@@ -255,6 +255,7 @@ def _feed(
         num_workers=workers,
         eod_id=_end_of_document(plan) if data.eod_mask_loss else None,
         eod_mask_loss=data.eod_mask_loss,
+        pinned_for=topology.device,
     )
 
 

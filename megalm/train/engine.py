@@ -76,11 +76,12 @@ class PipelineTrainingEngine(Engine):
     """Any number of stages, one included, over DeepSpeed's PipelineEngine: 1F1B, ZeRO-0 or ZeRO-1."""
 
     def _forward_backward_update(self, batches: Iterator[Batch]) -> torch.Tensor:
-        loss: torch.Tensor = self.raw.train_batch(data_iter=_as_pipeline_input(batches))
+        loss: torch.Tensor = self.raw.train_batch(data_iter=_as_pipeline_input(batches, self._topology.device))
         return loss
 
     def evaluate(self, batches: Iterator[Batch], *, num_micro_batches: int) -> float:
-        loss = self.raw.eval_batch(_as_pipeline_input(batches), num_micro_batches=num_micro_batches)
+        inputs = _as_pipeline_input(batches, self._topology.device)
+        loss = self.raw.eval_batch(inputs, num_micro_batches=num_micro_batches)
         return float(loss)
 
 
@@ -107,10 +108,8 @@ class DataParallelTrainingEngine(Engine):
         return float(self._mean_over_replicas(total / num_micro_batches))
 
     def _loss(self, batch: Batch) -> torch.Tensor:
-        device = self._topology.device
-        loss: torch.Tensor = self.raw(
-            batch.tokens.to(device), labels=batch.labels.to(device), loss_mask=batch.loss_mask.to(device)
-        )
+        batch = batch.to(self._topology.device)
+        loss: torch.Tensor = self.raw(batch.tokens, labels=batch.labels, loss_mask=batch.loss_mask)
         return loss
 
     def _mean_over_replicas(self, loss: torch.Tensor) -> torch.Tensor:
@@ -120,9 +119,11 @@ class DataParallelTrainingEngine(Engine):
         return loss
 
 
-def _as_pipeline_input(batches: Iterable[Batch]) -> Iterator[tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]]:
+def _as_pipeline_input(
+    batches: Iterable[Batch], device: torch.device
+) -> Iterator[tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]]:
     """The pair that PipelineEngine hands out: inputs to the first stage, labels to the last one's loss."""
-    for batch in batches:
+    for batch in (batch.to(device) for batch in batches):
         yield batch.tokens, (batch.labels, batch.loss_mask)
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from megalm.config.root import Config
 from megalm.config.step_ranges import parse_step_ranges
 from megalm.data.batches import Batch
+from megalm.data.loader import TimedBatches
 from megalm.telemetry.console import Console
 from megalm.telemetry.memory import peak_memory_bytes
 from megalm.telemetry.metrics import Sink, StepMetrics
@@ -130,9 +131,10 @@ def step(run: Run) -> StepMetrics:
     progress = state.consumed_samples + batch_size if run.config.training.by_samples else state.step + 1
     learning_rate = run.learning_rate.at(progress)
 
+    batches = TimedBatches(run.batches)
     started = time.perf_counter()
     with run.profiler.step(state.step + 1):
-        result = run.engine.train_step(run.batches, global_batch_size=batch_size, learning_rate=learning_rate)
+        result = run.engine.train_step(batches, global_batch_size=batch_size, learning_rate=learning_rate)
     step_seconds = time.perf_counter() - started
 
     tokens = batch_size * run.config.data.seq_length
@@ -158,6 +160,7 @@ def step(run: Run) -> StepMetrics:
         loss_scale=result.loss_scale,
         skipped=result.skipped,
         global_batch_size=batch_size,
+        data_seconds=batches.seconds,
         peak_memory_bytes=peak_memory_bytes(run.topology.device),
     )
 

@@ -1,20 +1,22 @@
 from __future__ import annotations
 
+import contextlib
+import itertools
 import threading
+import time
+from collections.abc import Iterator
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
-from megalm.data.batches import make_batch
+from megalm.data.batches import Batch, make_batch
 from megalm.data.entropy import unigram_entropy
-from megalm.data.loader import batch_iterator
+from megalm.data.loader import TimedBatches, batch_iterator
 from megalm.data.sampler import micro_batches
-
-EOD = 0
 
 
 class Counting:
@@ -82,38 +84,44 @@ def test_batch_shifts_labels_by_one() -> None:
     assert batch.labels.tolist() == [[2, 3, 4], [6, 7, 8]]
     assert batch.loss_mask.tolist() == [[1.0] * 3] * 2
     assert (batch.tokens.dtype, batch.loss_mask.dtype) == (torch.int64, torch.float32)
-    assert batch.position_ids is None
-    assert batch.attention_mask is None
-
-
-@given(st.lists(st.lists(st.integers(0, 3), min_size=9, max_size=9), min_size=1, max_size=3))
-@settings(max_examples=60, deadline=None)
-def test_masks_at_document_ends_equal_a_slow_version(rows: list[list[int]]) -> None:
-    batch = make_batch(
-        [np.array(row) for row in rows],
-        eod_id=EOD,
-        eod_mask_loss=True,
-        reset_position_ids=True,
-        reset_attention_mask=True,
-    )
-    for number, row in enumerate(rows):
-        document, position, documents = 0, 0, []
-        for at, token in enumerate(row[:-1]):
-            assert batch.position_ids[number, at] == position
-            assert batch.loss_mask[number, at] == (0.0 if token == EOD else 1.0)
-            documents.append(document)
-            position += 1
-            if token == EOD:
-                document, position = document + 1, 0
-        for query in range(8):
-            for key in range(8):
-                forbidden = key > query or documents[key] != documents[query]
-                assert bool(batch.attention_mask[number, 0, query, key]) == forbidden
 
 
 def test_masking_without_an_end_of_document_is_refused() -> None:
     with pytest.raises(ValueError, match="eod_id"):
         make_batch([np.array([1, 2])], eod_mask_loss=True)
+
+
+def test_time_spent_waiting_for_batches_is_counted() -> None:
+    class Slow(Counting):
+        def __getitem__(self, i: int) -> npt.NDArray[np.int64]:
+            time.sleep(0.01)
+            return super().__getitem__(i)
+
+    timed = TimedBatches(batch_iterator(Slow(), consumed_samples=0, micro_batch_size=1, dp_rank=0, dp_size=1))
+    assert [batch.tokens[0, 0].item() for batch in itertools.islice(timed, 5)] == [0, 1, 2, 3, 4]
+    assert 0.05 <= timed.seconds < 1.0
+    before = timed.seconds
+    time.sleep(0.02)
+    assert timed.seconds == before
+
+
+def test_batches_for_a_gpu_are_pinned_on_that_gpu_and_others_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    entered: list[torch.device] = []
+
+    @contextlib.contextmanager
+    def entering(device: torch.device) -> Iterator[None]:
+        entered.append(device)
+        yield
+
+    monkeypatch.setattr(torch.cuda, "device", entering)
+    monkeypatch.setattr(Batch, "pin", lambda batch: batch._replace(tokens=-batch.tokens))
+    place = {"consumed_samples": 6, "micro_batch_size": 1, "dp_rank": 0, "dp_size": 1, "num_workers": 1}
+    gpu = torch.device("cuda", 3)
+    assert next(batch_iterator(Counting(), **place, pinned_for=gpu)).tokens[0, 0] == -6
+    assert set(entered) == {gpu}
+    entered.clear()
+    assert next(batch_iterator(Counting(), **place, pinned_for=torch.device("cpu"))).tokens[0, 0] == 6
+    assert entered == []
 
 
 def test_unigram_entropy_of_known_frequencies() -> None:
