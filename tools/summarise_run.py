@@ -47,6 +47,7 @@ def run(options: argparse.Namespace) -> int:
 
     print(f"steps                 {summary.steps:,}, {summary.tokens:,} tokens")
     print(f"time in steps         {summary.step_seconds:.0f} s, {summary.tokens_per_second:,.0f} tokens/s")
+    print(f"waited for data       {summary.data_seconds:.2f} s, {summary.data_share:.2%} of the steps")
     for resume in summary.resumes:
         print(f"resumed at step       {resume.step}: training loss {_pair(resume.loss_before, resume.loss_after)}")
     print(f"last training loss    {summary.train_loss:.4f} nats per token")

@@ -43,9 +43,16 @@ class Summary:
     steps: int
     tokens: int
     step_seconds: float
+    data_seconds: float
+    """What of the steps' time the first rank waited for batches."""
     train_loss: float
     validation: Mapping[str, Validation]
     resumes: tuple[Resume, ...]
+
+    @property
+    def data_share(self) -> float:
+        """Share of the steps' time that was spent waiting for batches."""
+        return self.data_seconds / self.step_seconds
 
     @property
     def tokens_per_second(self) -> float:
@@ -89,6 +96,7 @@ def summarise(metrics_path: str | Path, entropies: Mapping[str, float]) -> Summa
         steps=last,
         tokens=int(train[last]["consumed_tokens"]),
         step_seconds=sum(record["step_seconds"] for record in train.values()),
+        data_seconds=sum(record.get("data_seconds") or 0.0 for record in train.values()),
         train_loss=train[last]["loss"],
         validation={name: Validation(*valid[name], unigram_entropy=entropies[name]) for name in entropies},
         resumes=tuple(Resume(step, _loss(train, step), _loss(train, step + 1)) for step in resumed),
