@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import torch
 
 INSTALLED = importlib.util.find_spec("triton") is not None
@@ -53,9 +54,10 @@ def _interpreted() -> Iterator[None]:
     replaced: list[tuple[ModuleType, str, Any]] = []
     twins: dict[int, Any] = {}
     interpret = triton.knobs.runtime.interpret
-    patch_tensor = interpreter._patch_lang_tensor
+    patch_tensor, convert_float = interpreter._patch_lang_tensor, interpreter._convert_float
     triton.knobs.runtime.interpret = True
     interpreter._patch_lang_tensor = functools.partial(_patch_tensor, patch_tensor)
+    interpreter._convert_float = functools.partial(_convert_float, convert_float)
     try:
         for module in _modules_with_kernels():
             for name, value in list(vars(module).items()):
@@ -66,7 +68,7 @@ def _interpreted() -> Iterator[None]:
         yield
     finally:
         triton.knobs.runtime.interpret = interpret
-        interpreter._patch_lang_tensor = patch_tensor
+        interpreter._patch_lang_tensor, interpreter._convert_float = patch_tensor, convert_float
         for module, name, value in replaced:
             setattr(module, name, value)
         for target, attributes in before:
@@ -77,6 +79,14 @@ def _patch_tensor(patch: Callable[..., None], tensor: Any, scope: Any) -> None:
     patch(tensor, scope)
     # Triton 3.6 converts an array of one element, which numpy 2.4 refuses, where a loop's bound is computed in a kernel.
     scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+
+def _convert_float(convert: Callable[..., Any], values: Any, source: Any, target: Any, rounding: Any) -> Any:
+    # Triton 3.6 truncates fp32 to bf16 here; a GPU rounds to the nearest, as torch does.
+    if (str(source), str(target), rounding) == ("fp32", "bf16", None):
+        rounded = torch.from_numpy(np.ascontiguousarray(values)).to(torch.bfloat16)
+        return rounded.view(torch.int16).numpy().view(np.uint16)
+    return convert(values, source, target, rounding)
 
 
 def _modules_with_kernels() -> list[ModuleType]:
