@@ -1,0 +1,105 @@
+"""Rows of logits in Triton, and the fused head on them, against float64 and against torch's form."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from megalm.kernels.cross_entropy import triton_rows
+from megalm.kernels.cross_entropy.torch_rows import TorchRows
+from megalm.kernels.cross_entropy.triton_rows import TritonRows
+from megalm.parallel.head_loss import head_cross_entropy
+from megalm.topology.group import SOLO
+
+# The loss is of size 8 and its arithmetic in fp32; exp and log round by 2 units in the last place.
+LOSS_ERROR = 8 * 4 * 2.0**-24
+
+
+@pytest.fixture(autouse=True)
+def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several blocks a row without long rows."""
+    monkeypatch.setattr(triton_rows, "_block", lambda num_columns: (64, 1))
+
+
+def example(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    logits = (3 * torch.randn(rows, columns, generator=generator)).to(device, dtype)
+    labels = torch.randint(-1, columns, (rows,), generator=generator).to(device)
+    return logits, labels, torch.rand(rows, generator=generator).to(device)
+
+
+def exact(logits: Tensor, labels: Tensor, weights: Tensor, z_loss: float) -> tuple[Tensor, Tensor]:
+    wide = logits.double().requires_grad_()
+    log_sum = torch.logsumexp(wide, dim=-1)
+    target = wide.gather(-1, labels.clamp(min=0)[:, None])[:, 0].masked_fill(labels < 0, 0.0)
+    ((log_sum - target + z_loss * log_sum.square()) * weights.double()).sum().backward()
+    return log_sum.detach(), wide.grad
+
+
+@pytest.mark.parametrize("columns", [1, 64, 200, 257])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("form", ["triton", "torch"])
+def test_rows_match_float64(columns: int, dtype: torch.dtype, form: str, triton_device: torch.device) -> None:
+    rows = TritonRows() if form == "triton" else TorchRows()
+    logits, labels, weights = example(5, columns, dtype, triton_device)
+    log_sum, gradient = exact(logits, labels, weights, 1e-2)
+    peak, total = rows.statistics(logits)
+    torch.testing.assert_close((peak + total.log()).double(), log_sum, rtol=0, atol=LOSS_ERROR)
+    at_once, in_two = logits.clone(), logits.clone()
+    found = rows.log_sum_and_gradient_(at_once, labels, weights, z_loss=1e-2)
+    rows.gradient_(in_two, labels, found, weights, z_loss=1e-2)
+    torch.testing.assert_close(found.double(), log_sum, rtol=0, atol=LOSS_ERROR)
+    # One rounding, of fp32 results below 1 in size; fp16 has no numbers between 0 and 6e-8.
+    bound = 0.5 * torch.finfo(dtype).eps * gradient.abs() + 2 * LOSS_ERROR + torch.finfo(dtype).smallest_normal * 2**-11
+    for result in (at_once, in_two):
+        assert ((result.double() - gradient).abs() <= bound).all()
+
+
+def test_rows_are_the_same_bits_in_every_run_and_leave_what_is_between_them(triton_device: torch.device) -> None:
+    logits, labels, weights = example(4, 150, torch.bfloat16, triton_device)
+    results = []
+    for _ in range(2):
+        wide = torch.full((4, 160), 7.0, dtype=torch.bfloat16, device=triton_device)
+        wide[:, :150] = logits
+        TritonRows().log_sum_and_gradient_(wide[:, :150], labels, weights, z_loss=0.0)
+        results.append(wide)
+    assert torch.equal(results[0], results[1])
+    assert (results[0][:, 150:] == 7.0).all()
+
+
+def test_extreme_logits_neither_overflow_nor_vanish(triton_device: torch.device) -> None:
+    logits = torch.tensor([[3e4, 3e4, -3e4], [-3e4, -3e4, -6e4]], device=triton_device)
+    found = TritonRows().log_sum_and_gradient_(
+        logits, torch.tensor([0, 1], device=triton_device), torch.ones(2, device=triton_device), z_loss=0.0
+    )
+    assert torch.equal(found, torch.tensor([3e4, -3e4], device=triton_device) + 0.6931472)
+    # log 2 at 3e4 is known to 2^-9.
+    torch.testing.assert_close(logits[0], torch.tensor([-0.5, 0.5, 0.0], device=triton_device), rtol=2e-3, atol=1e-3)
+    assert torch.isnan(TritonRows().statistics(torch.full((1, 3), float("nan"), device=triton_device))[1]).all()
+
+
+@pytest.mark.parametrize("factor", [1.0, 0.25])
+def test_scaling_multiplies_by_a_number_on_the_device(factor: float, triton_device: torch.device) -> None:
+    x = torch.randn(3, 1500, generator=torch.Generator().manual_seed(0)).to(triton_device, torch.bfloat16)
+    expected = x * factor
+    TritonRows().scale_(x, torch.tensor(factor, device=triton_device))
+    assert torch.equal(x, expected)
+
+
+def test_fused_head_of_triton_rows_matches_torch_rows(triton_device: torch.device) -> None:
+    generator = torch.Generator().manual_seed(1)
+    values = [
+        (torch.randn(*size, generator=generator) / 4).to(triton_device, torch.bfloat16) for size in ((9, 16), (150, 16))
+    ]
+    labels = torch.randint(150, (9,), generator=generator).to(triton_device)
+    weights = torch.full((9,), 1 / 9, device=triton_device)
+    results = []
+    for rows in (TritonRows(), TorchRows()):
+        x, weight = (value.clone().requires_grad_() for value in values)
+        loss = head_cross_entropy(x, weight, labels, weights, tp=SOLO, rows=rows, z_loss=1e-3)
+        loss.backward()
+        results.append((loss.detach(), x.grad, weight.grad))
+    for ours, theirs in zip(*results, strict=True):
+        # Gradients of logits may round to neighbouring bf16 values, and their products once more.
+        torch.testing.assert_close(ours, theirs, rtol=2**-7, atol=2**-9 * theirs.abs().max().item())
