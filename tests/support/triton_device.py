@@ -55,9 +55,11 @@ def _interpreted() -> Iterator[None]:
     twins: dict[int, Any] = {}
     interpret = triton.knobs.runtime.interpret
     patch_tensor, convert_float = interpreter._patch_lang_tensor, interpreter._convert_float
+    create_dot = interpreter.InterpreterBuilder.create_dot
     triton.knobs.runtime.interpret = True
     interpreter._patch_lang_tensor = functools.partial(_patch_tensor, patch_tensor)
     interpreter._convert_float = functools.partial(_convert_float, convert_float)
+    interpreter.InterpreterBuilder.create_dot = functools.partialmethod(_create_dot, interpreter.TensorHandle)
     try:
         for module in _modules_with_kernels():
             for name, value in list(vars(module).items()):
@@ -69,6 +71,7 @@ def _interpreted() -> Iterator[None]:
     finally:
         triton.knobs.runtime.interpret = interpret
         interpreter._patch_lang_tensor, interpreter._convert_float = patch_tensor, convert_float
+        interpreter.InterpreterBuilder.create_dot = create_dot
         for module, name, value in replaced:
             setattr(module, name, value)
         for target, attributes in before:
@@ -87,6 +90,16 @@ def _convert_float(convert: Callable[..., Any], values: Any, source: Any, target
         rounded = torch.from_numpy(np.ascontiguousarray(values)).to(torch.bfloat16)
         return rounded.view(torch.int16).numpy().view(np.uint16)
     return convert(values, source, target, rounding)
+
+
+def _create_dot(_: Any, handle: Callable[..., Any], a: Any, b: Any, d: Any, *options: Any) -> Any:
+    # Triton 3.6 multiplies the bit patterns of bf16; a GPU multiplies exactly and sums in fp32, as this does.
+    first, second = (_wide(x.data) if str(x.dtype.scalar) == "bf16" else x.data.astype(np.float32) for x in (a, b))
+    return handle(np.matmul(first, second) + d.data, d.dtype.scalar)
+
+
+def _wide(bits: Any) -> Any:
+    return (bits.astype(np.uint32) << 16).view(np.float32)
 
 
 def _modules_with_kernels() -> list[ModuleType]:
