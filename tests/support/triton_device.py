@@ -59,7 +59,7 @@ def _interpreted() -> Iterator[None]:
     triton.knobs.runtime.interpret = True
     interpreter._patch_lang_tensor = functools.partial(_patch_tensor, patch_tensor)
     interpreter._convert_float = functools.partial(_convert_float, convert_float)
-    interpreter.InterpreterBuilder.create_dot = functools.partialmethod(_create_dot, interpreter.TensorHandle)
+    interpreter.InterpreterBuilder.create_dot = functools.partialmethod(_dot, create_dot, interpreter.TensorHandle)
     try:
         for module in _modules_with_kernels():
             for name, value in list(vars(module).items()):
@@ -80,7 +80,7 @@ def _interpreted() -> Iterator[None]:
 
 def _patch_tensor(patch: Callable[..., None], tensor: Any, scope: Any) -> None:
     patch(tensor, scope)
-    # Triton 3.6 converts an array of one element, which numpy 2.4 refuses, where a loop's bound is computed in a kernel.
+    # Triton 3.6 converts an array of one element, which numpy 2.4 refuses, where a kernel computes a loop's bound.
     scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
 
 
@@ -92,10 +92,12 @@ def _convert_float(convert: Callable[..., Any], values: Any, source: Any, target
     return convert(values, source, target, rounding)
 
 
-def _create_dot(_: Any, handle: Callable[..., Any], a: Any, b: Any, d: Any, *options: Any) -> Any:
-    # Triton 3.6 multiplies the bit patterns of bf16; a GPU multiplies exactly and sums in fp32, as this does.
-    first, second = (_wide(x.data) if str(x.dtype.scalar) == "bf16" else x.data.astype(np.float32) for x in (a, b))
-    return handle(np.matmul(first, second) + d.data, d.dtype.scalar)
+def _dot(builder: Any, dot: Callable[..., Any], handle: Callable[..., Any], *arguments: Any) -> Any:
+    # Triton 3.6 multiplies the bit patterns of bf16; fp32 holds the products exactly, and a GPU sums them in fp32 too.
+    a, b, *rest = arguments
+    fp32 = type(a.dtype.scalar)("fp32")
+    wide = (handle(_wide(x.data), fp32) if str(x.dtype.scalar) == "bf16" else x for x in (a, b))
+    return dot(builder, *wide, *rest)
 
 
 def _wide(bits: Any) -> Any:
