@@ -54,9 +54,9 @@ def parser() -> argparse.ArgumentParser:
 
 def run(options: argparse.Namespace) -> None:
     """Read the tokenizer, choose its encoder, tokenize."""
-    from megalm.data.documents import find_sources
     from megalm.data.encoding import Recipe
     from megalm.data.indexed import best_dtype
+    from megalm.data.inputs import find_sources
     from megalm.data.peek import first_texts
     from megalm.data.preprocess import Job, preprocess
     from megalm.data.progress_line import ProgressLine, describe

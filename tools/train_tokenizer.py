@@ -40,7 +40,7 @@ def run(options: argparse.Namespace) -> None:
     """Train and write."""
     import itertools
 
-    from megalm.data.documents import find_sources
+    from megalm.data.inputs import find_sources
     from megalm.data.peek import iterate_texts
     from megalm.tokenizers.train import train_byte_level_bpe, train_sentencepiece
 

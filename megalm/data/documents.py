@@ -1,17 +1,19 @@
-"""Raw text files and the blocks of whole lines that they are worked off in."""
+"""Raw text files and the blocks of whole lines or rows that they are worked off in."""
 
 from __future__ import annotations
 
-import gzip
-import importlib
-import io
 import tempfile
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, BinaryIO, cast
+from typing import IO, BinaryIO
 
+from megalm.data.archives import PIECE, Stream, open_file
+from megalm.data.inputs import Position, Source
+from megalm.data.lines import BadLine, LongDocument, count_line_feeds, read_lines, read_long_lines
+from megalm.data.long_line import LONG_LINE_BYTES
+from megalm.data.parquet import RowBlock, row_blocks
 from megalm.errors import DataError
 
 BLOCK_BYTES = 1 << 20
@@ -23,41 +25,37 @@ SPOOL_BYTES = 32 << 20
 MAX_LINE_BYTES = 1 << 30
 """A longer line is no document: a missing line feed, or a file of another kind."""
 
-PIECE = 1 << 20
-
-FORMATS = {".jsonl": "json", ".json": "json", ".ndjson": "json", ".txt": "text"}
-COMPRESSIONS = (".gz", ".zst")
+SEARCH_BYTES = 1 << 16
+"""Read at first to find the end of a line."""
 
 
 @dataclass(frozen=True)
-class Source:
-    """One input file."""
-
-    path: Path
-    format: str
-    """json: an object a line; text: a document a line."""
-    compression: str
-    """"", ".gz" or ".zst"."""
-    size_bytes: int
-
-
-@dataclass(frozen=True)
-class Block:
+class LineBlock:
     """Whole lines of one source."""
 
     source: int
+    format: str
+    """json or text."""
     offset: int
     """Where it starts, in bytes of the uncompressed source."""
     size: int
-    first_line: int
-    """1 is the first line of the source."""
-    num_lines: int
+    consumed_bytes: int
+    """Bytes of the source's file before its end."""
     path: Path | None = None
     """File to read it from, at `path_offset`; else it is `data`."""
     path_offset: int = 0
     data: bytes = b""
     spooled: bool = False
     """Whether `path` is a scratch file to delete after use."""
+
+    def documents(self, keys: Sequence[str], *, by_pieces: bool = False) -> Iterator[LongDocument | BadLine]:
+        """The document of each line; lines count from 1 in the block.
+
+        `by_pieces` leaves texts that are too long for memory in their file.
+        """
+        if by_pieces and self.format == "json" and self.path is not None and self.size > LONG_LINE_BYTES:
+            return read_long_lines(self.path, self.path_offset, self.size, keys=keys, first_line=1, offset=self.offset)
+        return read_lines(self.read(), format_name=self.format, keys=keys, first_line=1, offset=self.offset)
 
     def read(self) -> bytes:
         """The lines."""
@@ -76,77 +74,116 @@ class Block:
         if self.spooled and self.path is not None:
             self.path.unlink(missing_ok=True)
 
-
-@dataclass(frozen=True)
-class Position:
-    """Where the next block starts; enough to go on later."""
-
-    source: int = 0
-    offset: int = 0
-    line: int = 1
+    def end(self, line: int) -> Position:
+        """Where the next block starts, whose first line is `line`."""
+        return Position(self.source, self.offset + self.size, line)
 
 
-def find_sources(inputs: Sequence[str]) -> list[Source]:
-    """The files that paths, folders and glob patterns name, in order; folders and patterns in order of name.
-
-    Raises: DataError for what does not exist or has no known suffix.
-    """
-    found: list[Path] = []
-    for text in inputs:
-        path = Path(text)
-        if path.is_dir():
-            inside = sorted(entry for entry in path.rglob("*") if entry.is_file() and _format_of(entry) is not None)
-            if not inside:
-                raise DataError(f"folder {path} holds no input file\n  suffixes that are read: {_suffixes()}")
-            found += inside
-        elif path.exists():
-            found.append(path)
-        else:
-            matches = [Path(match) for match in sorted(_glob(text))]
-            if not matches:
-                raise DataError(f"no input file {text}")
-            found += matches
-    for path in found:
-        if found.count(path) > 1:
-            raise DataError(f"input {path} is given twice")
-    return [_source(path) for path in found]
+Block = LineBlock | RowBlock
 
 
 def blocks(
     sources: Sequence[Source],
     *,
     start: Position | None = None,
+    stop: Position | None = None,
     block_bytes: int = BLOCK_BYTES,
     max_line_bytes: int = MAX_LINE_BYTES,
     scratch: Path | None = None,
 ) -> Iterator[Block]:
-    """Blocks of whole lines, in order, from `start` on.
+    """Blocks of whole documents, in order, from `start` to `stop`, which must lie between documents.
 
-    Plain files are only measured here and read again by whoever works off the block; so nothing large is held.
-    Raises: DataError for a line that is too long and for a damaged archive, with file, line and byte offset.
+    Of plain files only the ends of blocks are found here: whoever works off a block reads it.
+    Raises: DataError for a line that is too long and for a damaged file, with its place.
     """
-    position = start or Position()
-    for number in range(position.source, len(sources)):
-        first = position if number == position.source else Position(number)
-        yield from _Scanner(sources[number], first, block_bytes, max_line_bytes, scratch).blocks()
+    begin = start or Position()
+    end = stop or Position(len(sources))
+    for number in range(begin.source, min(end.source + 1, len(sources))):
+        first = begin.offset if number == begin.source else 0
+        last = end.offset if number == end.source else None
+        source = sources[number]
+        if last == 0:
+            continue
+        if source.format == "parquet":
+            yield from row_blocks(source, number, first, last, block_bytes=block_bytes, longest=max_line_bytes)
+        elif source.compression:
+            yield from _ArchiveLines(source, number, first, block_bytes, max_line_bytes, scratch).blocks()
+        else:
+            yield from _plain_blocks(source, number, first, last, min(block_bytes, max_line_bytes), max_line_bytes)
 
 
-class _Scanner:
+def _plain_blocks(
+    source: Source, number: int, first: int, last: int | None, block_bytes: int, max_line_bytes: int
+) -> Iterator[LineBlock]:
+    end = source.size_bytes if last is None else last
+    with open_file(source.path) as file:
+        if file.seek(0, 2) != source.size_bytes:
+            raise DataError(f"{source.path} changed its size from {source.size_bytes} bytes while it was to be read")
+        while first < end:
+            stop = min(end, line_end(file, source, first, first + block_bytes - 1, max_line_bytes))
+            yield LineBlock(number, source.format, first, stop - first, stop, source.path, first)
+            first = stop
+
+
+def line_end(file: BinaryIO, source: Source, first: int, at: int, max_line_bytes: int) -> int:
+    """Where the line ends that byte `at` belongs to, its line feed included; it begins at `first` or later.
+
+    Raises: DataError if the line is too long.
+    """
+    file.seek(at)
+    size, position = SEARCH_BYTES, at
+    while piece := file.read(size):
+        found = piece.find(b"\n") + 1
+        position += found or len(piece)
+        if position - first > max_line_bytes:
+            begin = _line_begin(file, at)
+            if position - begin - bool(found) > max_line_bytes:
+                raise _too_long(source, begin, count_line_feeds(source.path, begin) + 1, max_line_bytes)
+            file.seek(position)
+        if found:
+            return position
+        size = min(2 * size, PIECE)
+    return position
+
+
+def _line_begin(file: BinaryIO, at: int) -> int:
+    """Where the line starts that byte `at` belongs to."""
+    while at > 0:
+        size = min(at, PIECE)
+        file.seek(at - size)
+        found = file.read(size).rfind(b"\n")
+        if found >= 0:
+            return at - size + found + 1
+        at -= size
+    return 0
+
+
+def _too_long(source: Source, begin: int, line: int, max_line_bytes: int) -> DataError:
+    return DataError(
+        f"{source.path}, line {line}, byte {begin}: the line is longer than {max_line_bytes} bytes\n"
+        "  a document cannot be that long; --max-line-bytes sets the limit"
+    )
+
+
+class _ArchiveLines:
+    """Blocks of a packed file, which only one process can unpack."""
+
     def __init__(
-        self, source: Source, start: Position, block_bytes: int, max_line_bytes: int, scratch: Path | None
+        self, source: Source, number: int, first: int, block_bytes: int, max_line_bytes: int, scratch: Path | None
     ) -> None:
         self.source = source
-        self.start = start
+        self.number = number
+        self.first = first
         self.block_bytes = block_bytes
         self.max_line_bytes = max_line_bytes
         self.scratch = scratch
 
-    def blocks(self) -> Iterator[Block]:
+    def blocks(self) -> Iterator[LineBlock]:
         """Read pieces until enough whole lines are together; cut after the last line feed."""
-        with open_source(self.source) as file:
-            self._skip(file, self.start.offset)
-            offset, line = self.start.offset, self.start.line
-            held = _Held(self.source, self.scratch)
+        with Stream(self.source) as file:
+            line = 1 + self._skip(file)
+            offset = self.first
+            held = _Held(self.scratch)
             while True:
                 piece = self._read(file, offset + held.size, line, limit=min(PIECE, self.block_bytes))
                 cut = piece.rfind(b"\n") + 1
@@ -155,34 +192,30 @@ class _Scanner:
                     # The line that is open now started after the last line feed.
                     if held.open_bytes > self.max_line_bytes:
                         begin = offset + held.size - held.open_bytes
-                        raise DataError(
-                            f"{self.source.path}, line {line + held.lines}, byte {begin}: "
-                            f"the line is longer than {self.max_line_bytes} bytes\n"
-                            "  a document cannot be that long; --max-line-bytes sets the limit"
-                        )
+                        held.discard()
+                        raise _too_long(self.source, begin, line + held.lines, self.max_line_bytes)
                     continue
                 held.add(piece[:cut] if piece else b"")
                 if held.size:
-                    block = held.block(self.start.source, offset, line)
-                    yield block
-                    offset, line = offset + block.size, line + block.num_lines
+                    yield held.block(self.number, self.source.format, offset, file.consumed_bytes)
+                    offset, line = offset + held.size, line + held.lines
                 if not piece:
                     return
-                held = _Held(self.source, self.scratch)
+                held = _Held(self.scratch)
                 held.add(piece[cut:])
 
-    def _skip(self, file: IO[bytes], size: int) -> None:
-        if not self.source.compression:
-            file.seek(size)
-            return
-        left = size
+    def _skip(self, file: Stream) -> int:
+        """Go to where the work begins; returns the line feeds before it."""
+        left, lines = self.first, 0
         while left:
-            piece = self._read(file, size - left, 1, limit=min(PIECE, left))
+            piece = self._read(file, self.first - left, lines + 1, limit=min(PIECE, left))
             if not piece:
-                raise DataError(f"{self.source.path} ends before byte {size}, where the work was to go on")
+                raise DataError(f"{self.source.path} ends before byte {self.first}, where the work was to go on")
             left -= len(piece)
+            lines += piece.count(b"\n")
+        return lines
 
-    def _read(self, file: IO[bytes], offset: int, line: int, *, limit: int) -> bytes:
+    def _read(self, file: Stream, offset: int, line: int, *, limit: int) -> bytes:
         try:
             return file.read(limit)
         except (EOFError, OSError, zlib.error, ValueError) as error:
@@ -193,10 +226,9 @@ class _Scanner:
 
 
 class _Held:
-    """Lines on their way into a block: counted only, kept in memory, or spooled to a file."""
+    """Unpacked lines on their way into a block: in memory, or spooled to a file."""
 
-    def __init__(self, source: Source, scratch: Path | None) -> None:
-        self.source = source
+    def __init__(self, scratch: Path | None) -> None:
         self.scratch = scratch
         self.size = 0
         self.lines = 0
@@ -209,8 +241,6 @@ class _Held:
         found = piece.count(b"\n")
         self.lines += found
         self.open_bytes = len(piece) - piece.rfind(b"\n") - 1 if found else self.open_bytes + len(piece)
-        if not self.source.compression:
-            return
         if self._spool is None and self.size > SPOOL_BYTES:
             self._spool = tempfile.NamedTemporaryFile(dir=self.scratch, suffix=".lines", delete=False)
             self._spool.writelines(self._pieces)
@@ -220,106 +250,15 @@ class _Held:
         else:
             self._spool.write(piece)
 
-    def block(self, source: int, offset: int, line: int) -> Block:
-        lines = self.lines + (1 if self.open_bytes else 0)
-        if not self.source.compression:
-            return Block(source, offset, self.size, line, lines, self.source.path, offset)
+    def block(self, source: int, format_name: str, offset: int, consumed_bytes: int) -> LineBlock:
         if self._spool is not None:
             self._spool.close()
-            return Block(source, offset, self.size, line, lines, Path(self._spool.name), 0, spooled=True)
-        return Block(source, offset, self.size, line, lines, data=b"".join(self._pieces))
+            path = Path(self._spool.name)
+            return LineBlock(source, format_name, offset, self.size, consumed_bytes, path, 0, spooled=True)
+        return LineBlock(source, format_name, offset, self.size, consumed_bytes, data=b"".join(self._pieces))
 
-
-def open_source(source: Source) -> BinaryIO:
-    """The uncompressed bytes of a source."""
-    try:
-        if source.compression == ".gz":
-            return cast(BinaryIO, gzip.open(source.path, "rb"))
-        if source.compression == ".zst":
-            return io.BufferedReader(_ZstandardReader(source.path), PIECE)
-        return source.path.open("rb")
-    except OSError as error:
-        raise DataError(f"cannot read {source.path}: {error.strerror or error}") from error
-
-
-class _ZstandardReader(io.RawIOBase):
-    """A .zst file uncompressed; unlike the library's own reader it takes a file that is cut off for damaged."""
-
-    def __init__(self, path: Path) -> None:
-        try:
-            zstandard = importlib.import_module("zstandard")
-        except ImportError as error:
-            raise DataError(f"{path} needs the zstandard package\n  pip install zstandard") from error
-        self._error: type[Exception] = zstandard.ZstdError
-        self._decompressor = zstandard.ZstdDecompressor()
-        self._frame = self._decompressor.decompressobj()
-        self._file = path.open("rb")
-        self._begun = False
-        self._ready = b""
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        while not self._ready:
-            raw = self._file.read(PIECE // 8)
-            if not raw:
-                if self._begun:
-                    raise EOFError("the file ends within a compressed frame")
-                return 0
-            self._ready = self._feed(raw)
-        size = min(len(buffer), len(self._ready))
-        buffer[:size] = self._ready[:size]
-        self._ready = self._ready[size:]
-        return size
-
-    def _feed(self, raw: bytes) -> bytes:
-        parts = []
-        while raw:
-            self._begun = True
-            try:
-                parts.append(self._frame.decompress(raw))
-            except self._error as error:
-                raise ValueError(str(error)) from error
-            raw = b""
-            if self._frame.eof:
-                raw = self._frame.unused_data
-                self._frame = self._decompressor.decompressobj()
-                self._begun = False
-        return b"".join(parts)
-
-    def close(self) -> None:
-        self._file.close()
-        super().close()
-
-
-def _source(path: Path) -> Source:
-    format_name = _format_of(path)
-    if format_name is None:
-        raise DataError(f"input {path} has no suffix that says what it is\n  suffixes that are read: {_suffixes()}")
-    compression = path.suffix if path.suffix in COMPRESSIONS else ""
-    try:
-        with path.open("rb"):
-            size = path.stat().st_size
-    except OSError as error:
-        raise DataError(f"cannot read input {path}: {error.strerror}") from error
-    if compression and not size:
-        raise DataError(f"input {path} is empty, which no {compression} archive is\n  copy or download it again")
-    return Source(path, format_name, compression, size)
-
-
-def _format_of(path: Path) -> str | None:
-    suffixes = path.suffixes
-    if suffixes and suffixes[-1] in COMPRESSIONS:
-        suffixes = suffixes[:-1]
-    return FORMATS.get(suffixes[-1]) if suffixes else None
-
-
-def _glob(pattern: str) -> list[str]:
-    import glob
-
-    return glob.glob(pattern, recursive=True)
-
-
-def _suffixes() -> str:
-    return ", ".join(FORMATS) + ", each also with " + " or ".join(COMPRESSIONS)
+    def discard(self) -> None:
+        """Delete what was spooled."""
+        if self._spool is not None:
+            self._spool.close()
+            Path(self._spool.name).unlink(missing_ok=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,8 +10,9 @@ import numpy as np
 import numpy.typing as npt
 
 from megalm.data.documents import Block
-from megalm.data.lines import BadLine, LongDocument, read_lines, read_long_lines
-from megalm.data.long_line import LONG_LINE_BYTES, LongText
+from megalm.data.lines import BadLine
+from megalm.data.long_line import LONG_STRING_BYTES, LongText, cut_before_spaces
+from megalm.data.parquet import BadRow
 from megalm.errors import DataError
 
 EncodeText = Callable[[str], Sequence[int]]
@@ -52,32 +53,24 @@ class Encoded:
     num_documents: int = 0
     num_empty: int = 0
     """Documents without a single token in some key; like the other trainers' tools, the corpus leaves them out."""
-    bad: list[BadLine] = field(default_factory=list)
+    bad: list[BadLine | BadRow] = field(default_factory=list)
+
+    @property
+    def num_lines(self) -> int:
+        """Lines or rows that were read."""
+        return self.num_documents + len(self.bad)
 
 
-def encode_block(block: Block, format_name: str, recipe: Recipe) -> Encoded:
+def encode_block(block: Block, recipe: Recipe) -> Encoded:
     """Tokenize the documents of a block.
 
     Raises: DataError for an id that does not fit the vocabulary or the dtype.
     """
     packers = [_Packer(recipe) for _ in recipe.keys]
     result = Encoded({})
-    found: Iterator[LongDocument | BadLine]
-    if _by_pieces(block, format_name, recipe) and block.path is not None:
-        found = read_long_lines(
-            block.path,
-            block.path_offset,
-            block.size,
-            keys=recipe.keys,
-            first_line=block.first_line,
-            offset=block.offset,
-        )
-    else:
-        found = read_lines(
-            block.read(), format_name=format_name, keys=recipe.keys, first_line=block.first_line, offset=block.offset
-        )
+    found = block.documents(recipe.keys, by_pieces=recipe.splittable and recipe.split_sentences is None)
     for document in found:
-        if isinstance(document, BadLine):
+        if isinstance(document, (BadLine, BadRow)):
             result.bad.append(document)
             continue
         result.num_documents += 1
@@ -87,12 +80,6 @@ def encode_block(block: Block, format_name: str, recipe: Recipe) -> Encoded:
     for key, packer in zip(recipe.keys, packers, strict=True):
         result.packed[key] = packer.packed()
     return result
-
-
-def _by_pieces(block: Block, format_name: str, recipe: Recipe) -> bool:
-    """Whether the block holds a line that should not be in memory whole, and need not be."""
-    long = block.size > LONG_LINE_BYTES and block.path is not None
-    return long and format_name == "json" and recipe.splittable and recipe.split_sentences is None
 
 
 class _Packer:
@@ -108,11 +95,13 @@ class _Packer:
     def add(self, text: str | LongText) -> bool:
         """Append a document; False if it gave no token and so is left out."""
         if isinstance(text, LongText):
-            lengths = [self._append(text.cut_before_spaces())]
-        elif self.recipe.split_sentences is None:
-            lengths = [self._append([text])]
-        else:
+            lengths = [self._append(cut_before_spaces(text))]
+        elif self.recipe.split_sentences is not None:
             lengths = [self._append([sentence]) for sentence in self.recipe.split_sentences(text)]
+        elif self.recipe.splittable and len(text) > LONG_STRING_BYTES:
+            lengths = [self._append(cut_before_spaces(text))]
+        else:
+            lengths = [self._append([text])]
         lengths = [length for length in lengths if length]
         if not lengths:
             return False

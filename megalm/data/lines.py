@@ -22,6 +22,10 @@ class BadLine:
     """Where it starts, in bytes of the uncompressed source."""
     reason: str
 
+    def place(self, lines_before: int) -> dict[str, int]:
+        """Where it is; `lines_before` lines precede what `line` counts in."""
+        return {"line": lines_before + self.line, "byte": self.offset}
+
 
 Document = tuple[str, ...]
 """The text of each key."""
@@ -63,6 +67,16 @@ def read_long_lines(
             yield texts
         except (_RefusedError, LongLineError) as error:
             yield BadLine(number, offset + begin - start, str(error))
+
+
+def count_line_feeds(path: Path, size: int) -> int:
+    """Line feeds in the first `size` bytes of a file."""
+    found = 0
+    with path.open("rb") as file:
+        while size and (piece := file.read(min(4 * PIECE, size))):
+            found += piece.count(b"\n")
+            size -= len(piece)
+    return found
 
 
 def _line_extents(path: Path, start: int, size: int) -> Iterator[tuple[int, int]]:

@@ -56,20 +56,25 @@ class LongText:
                 yield _decoded(raw[:stop])
                 rest = raw[stop:]
 
-    def cut_before_spaces(self) -> Iterator[str]:
-        """The text in pieces that end after an ASCII letter or digit and before a space or line feed.
 
-        Pre-tokenizers that never join these two into one piece give the same tokens for the pieces as for the whole.
-        """
-        held = ""
-        for piece in self.pieces():
-            held += piece
-            cut = _last_cut(held)
-            if cut:
-                yield held[:cut]
-                held = held[cut:]
-        if held:
-            yield held
+def cut_before_spaces(text: str | LongText) -> Iterator[str]:
+    """A text in pieces that end after an ASCII letter or digit and before a space or line feed.
+
+    Pre-tokenizers that never join these two into one piece give the same tokens for the pieces as for the whole.
+    """
+    held = ""
+    for piece in text.pieces() if isinstance(text, LongText) else _slices(text):
+        held += piece
+        cut = _last_cut(held)
+        if cut:
+            yield held[:cut]
+            held = held[cut:]
+    if held:
+        yield held
+
+
+def _slices(text: str) -> Iterator[str]:
+    return (text[start : start + PIECE] for start in range(0, len(text), PIECE))
 
 
 def skeleton(path: Path, offset: int, size: int) -> tuple[bytes, dict[str, LongText]]:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 
-from megalm.data.documents import Source, blocks
-from megalm.data.lines import BadLine, read_lines
-from megalm.data.long_line import LONG_LINE_BYTES
+from megalm.data.bad_lines import shown
+from megalm.data.documents import LineBlock, blocks
+from megalm.data.inputs import Source
+from megalm.data.long_line import LONG_LINE_BYTES, LongText
 from megalm.errors import DataError
 
 SAMPLE_DOCUMENTS = 64
@@ -27,19 +28,20 @@ def iterate_texts(
 
     Raises: DataError at the first bad line, unless such lines are skipped.
     """
+    at, lines = -1, 0
     for block in blocks(sources, block_bytes=block_bytes):
-        source = sources[block.source]
-        if longest is not None and block.size > longest:
+        if isinstance(block, LineBlock) and longest is not None and block.size > longest:
             block.discard()
             continue
-        found = read_lines(
-            block.read(), format_name=source.format, keys=keys, first_line=block.first_line, offset=block.offset
-        )
-        for document in found:
-            if not isinstance(document, BadLine):
-                yield from document
+        at, lines = (at, lines) if block.source == at else (block.source, 0)
+        number = 0
+        for document in block.documents(keys):
+            number += 1
+            if isinstance(document, tuple):
+                yield from (text for text in document if not isinstance(text, LongText))
             elif not skip_bad_lines:
-                raise DataError(f"{source.path}, line {document.line}, byte {document.offset}: {document.reason}")
+                raise DataError(f"{sources[block.source].path}, {shown(document.place(lines))}: {document.reason}")
+        lines += number
 
 
 def first_texts(sources: Sequence[Source], keys: Sequence[str]) -> list[str]:

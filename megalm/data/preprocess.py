@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 import shutil
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from megalm.data.documents import BLOCK_BYTES, MAX_LINE_BYTES, Block, Position, Source, blocks
+from megalm.data.bad_lines import BadLines, shown
+from megalm.data.documents import BLOCK_BYTES, MAX_LINE_BYTES, Block, blocks
 from megalm.data.encoding import Encoded, Recipe, encode_block
 from megalm.data.indexed import index_path, tokens_path
 from megalm.data.indexed_writer import IndexedWriter, commit
-from megalm.data.lines import BadLine
+from megalm.data.inputs import Position, Source
+from megalm.data.journal import read_journal, write_journal
+from megalm.data.lines import BadLine, count_line_feeds
+from megalm.data.parquet import BadRow
+from megalm.data.partition import WHOLE, Partition, byte_of, corpus_digest, span
+from megalm.data.source_hashes import SourceHashes
 from megalm.data.workers import encode_in_order
 from megalm.errors import DataError
 
@@ -41,12 +44,28 @@ class Job:
     skip_bad_lines: bool = False
     journal_seconds: float = JOURNAL_SECONDS
     about: dict[str, Any] = field(default_factory=dict)
-    """Stored in the sidecar: tokenizer and flags. Two runs with another `about` are not parts of one corpus."""
+    """Stored in the sidecar: tokenizer and what decides the ids. Two runs with another `about` are not parts of one
+    corpus."""
+    flags: dict[str, Any] = field(default_factory=dict)
+    """Stored in the sidecar: the command line."""
+    partition: Partition = WHOLE
 
     def corpus_prefix(self, key: str) -> str:
         """Where the corpus of a key goes."""
         level = "document" if self.recipe.split_sentences is None else "sentence"
         return f"{self.output_prefix}_{key}_{level}"
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What decides the bytes: an attempt that differs in it cannot go on from another's journal."""
+        stats = [(str(source.path), source.size_bytes, source.path.stat().st_mtime_ns) for source in self.sources]
+        return {
+            "sources": stats,
+            "about": self.about,
+            "keys": self.recipe.keys,
+            "partition": asdict(self.partition),
+            "max_line_bytes": self.max_line_bytes,
+        }
 
     @property
     def journal(self) -> Path:
@@ -59,6 +78,7 @@ class Progress:
     """How far the work is."""
 
     total_bytes: int
+    """Of the files, as they lie on the disk."""
     done_bytes: int = 0
     documents: int = 0
     tokens: int = 0
@@ -82,81 +102,87 @@ class _Work:
     def __init__(self, job: Job, report: Report) -> None:
         self.job = job
         self.report = report
-        self.progress = Progress(sum(source.size_bytes for source in job.sources))
-        self.bad: list[dict[str, Any]] = []
+        self.start, self.stop = span(job.sources, job.partition, max_line_bytes=job.max_line_bytes)
+        self.first_byte = byte_of(job.sources, self.start)
+        self.progress = Progress(byte_of(job.sources, self.stop) - self.first_byte)
+        self.position = self.start
+        self.bad = BadLines(job.output_prefix)
         self.started = time.monotonic()
 
     def run(self) -> Progress:
         job = self.job
-        saved = self._read_journal() if job.resume else None
-        start = Position(**saved["position"]) if saved else Position()
+        saved = read_journal(job.journal, job.identity) if job.resume else None
         if saved:
+            self.position = Position(**saved["position"])
             self.progress = Progress(**saved["progress"])
-            self.bad = saved["bad"]
             if saved["publishing"]:
-                return self._finish()
+                return self._finish(saved["bad_bytes"])
         else:
             # The journal of an earlier attempt describes files that are now overwritten.
             if job.journal.exists():
                 job.journal.unlink()
-        _check_space(job)
+        _check_space(job, self.progress.total_bytes)
         earlier = self.progress.seconds
-        hashes = _Hashes(job.sources)
+        hashes = SourceHashes(job.sources, self.start, self.stop)
         writers: dict[str, IndexedWriter] = {}
         try:
+            self.bad.open(saved["bad_bytes"] if saved else 0)
             for key in job.recipe.keys:
                 state = saved["writers"][key] if saved else None
                 writers[key] = IndexedWriter(
                     job.corpus_prefix(key), job.recipe.dtype, overwrite=job.overwrite, resume=state
                 )
             journaled = time.monotonic()
-            for block, encoded in self._encoded(start):
+            for block, encoded in self._encoded():
                 hashes.start()
                 self._take(block, encoded, writers)
                 self.progress.seconds = earlier + time.monotonic() - self.started
                 if time.monotonic() - journaled > job.journal_seconds:
-                    self._write_journal(_after(block), {key: writer.flush() for key, writer in writers.items()})
+                    self._write_journal({key: writer.flush() for key, writer in writers.items()})
                     journaled = time.monotonic()
                 self.report(self.progress)
+            sources = hashes.get()
             self.progress.seconds = earlier + time.monotonic() - self.started
             for key, writer in writers.items():
-                writer.prepare(sidecar=self._sidecar(key, writer, hashes.get()))
+                writer.prepare(sidecar=self._sidecar(key, writer, sources))
             # From here on a kill leaves nothing but names to be given.
-            self._write_journal(start, {}, publishing=True)
+            self._write_journal({}, publishing=True)
         except BaseException:
             for writer in writers.values():
                 writer.abort(keep=job.journal.exists())
+            self.bad.abort(keep=job.journal.exists())
             raise
-        return self._finish()
+        return self._finish(self.bad.flush())
 
-    def _finish(self) -> Progress:
+    def _finish(self, bad_bytes: int) -> Progress:
         """Publish every corpus, list the bad lines, and forget the journal."""
         for key in self.job.recipe.keys:
             try:
                 commit(self.job.corpus_prefix(key))
             except OSError as error:
                 raise DataError(f"cannot publish {self.job.corpus_prefix(key)}: {error.strerror}") from error
-        self._write_bad_lines()
+        self.bad.publish(bad_bytes)
         self.job.journal.unlink(missing_ok=True)
         return self.progress
 
-    def _encoded(self, start: Position) -> Iterator[tuple[Block, Encoded]]:
+    def _encoded(self) -> Iterator[tuple[Block, Encoded]]:
         job = self.job
         parts = blocks(
             job.sources,
-            start=start,
+            start=self.position,
+            stop=self.stop,
             block_bytes=job.block_bytes,
             max_line_bytes=job.max_line_bytes,
             scratch=Path(job.output_prefix).parent,
         )
         if job.workers == 0:
-            return ((block, encode_block(block, job.sources[block.source].format, job.recipe)) for block in parts)
-        return encode_in_order(parts, job.sources, job.recipe, workers=job.workers)
+            return ((block, encode_block(block, job.recipe)) for block in parts)
+        return encode_in_order(parts, job.recipe, workers=job.workers)
 
     def _take(self, block: Block, encoded: Encoded, writers: dict[str, IndexedWriter]) -> None:
-        source = self.job.sources[block.source]
+        line = self.position.line if block.source == self.position.source else 1
         for bad in encoded.bad:
-            self._bad_line(source, bad)
+            self._bad_line(block.source, bad, line - 1)
         for key, packed in encoded.packed.items():
             writers[key].add_packed(packed.tokens, packed.lengths, packed.sentences)
         progress = self.progress
@@ -165,77 +191,50 @@ class _Work:
         progress.skipped += len(encoded.bad)
         progress.tokens = sum(writer.num_tokens for writer in writers.values())
         before = sum(source.size_bytes for source in self.job.sources[: block.source])
-        # How far a compressed file is read is not known in bytes of the file; assume four bytes out of one.
-        share = (block.offset + block.size) // (4 if source.compression else 1)
-        progress.done_bytes = before + min(source.size_bytes, share)
+        progress.done_bytes = before + block.consumed_bytes - self.first_byte
+        self.position = block.end(line + encoded.num_lines)
 
-    def _bad_line(self, source: Source, bad: BadLine) -> None:
+    def _bad_line(self, number: int, bad: BadLine | BadRow, lines: int) -> None:
+        source = self.job.sources[number]
+        place = bad.place(lines + (self._skipped_lines if number == self.start.source else 0))
         if not self.job.skip_bad_lines:
+            what = "row" if isinstance(bad, BadRow) else "line"
             raise DataError(
-                f"{source.path}, line {bad.line}, byte {bad.offset}: {bad.reason}\n"
-                "  correct the line, or pass --on-bad-line skip to leave such lines out and list them"
+                f"{source.path}, {shown(place)}: {bad.reason}\n"
+                f"  correct the {what}, or pass --on-bad-line skip to leave such {what}s out and list them"
             )
-        self.bad.append({"file": str(source.path), "line": bad.line, "byte": bad.offset, "reason": bad.reason})
+        self.bad.add({"file": str(source.path), **place, "reason": bad.reason})
 
-    def _identity(self) -> dict[str, Any]:
-        stats = [(str(source.path), source.size_bytes, source.path.stat().st_mtime_ns) for source in self.job.sources]
-        content = {"sources": stats, "about": self.job.about, "keys": self.job.recipe.keys}
-        identity: dict[str, Any] = json.loads(json.dumps(content))
-        return identity
+    @cached_property
+    def _skipped_lines(self) -> int:
+        """Lines before this part of the corpus in its first file; counted only if one must be named."""
+        source = self.job.sources[self.start.source]
+        plain = self.start.offset and source.format != "parquet"
+        return count_line_feeds(source.path, self.start.offset) if plain else 0
 
-    def _write_journal(
-        self, position: Position, states: dict[str, dict[str, int]], *, publishing: bool = False
-    ) -> None:
+    def _write_journal(self, states: dict[str, dict[str, int]], *, publishing: bool = False) -> None:
         content = {
-            "identity": self._identity(),
-            "position": asdict(position),
+            "position": asdict(self.position),
             "progress": asdict(self.progress),
-            "bad": self.bad,
+            "bad_bytes": self.bad.flush(),
             "writers": states,
             "publishing": publishing,
         }
-        scratch = self.job.journal.with_suffix(".tmp")
-        with scratch.open("w", encoding="utf-8") as file:
-            json.dump(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(scratch, self.job.journal)
+        write_journal(self.job.journal, self.job.identity, content)
 
-    def _read_journal(self) -> dict[str, Any] | None:
-        path = self.job.journal
-        if not path.exists():
-            return None
-        try:
-            content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-            stored = content["identity"]
-        except (OSError, ValueError, KeyError) as error:
-            raise DataError(f"cannot resume: {path} is damaged: {error}\n  start again without --resume") from error
-        identity = self._identity()
-        differing = [name for name in identity if stored.get(name) != identity[name]]
-        if differing:
-            raise DataError(
-                f"cannot resume: {' and '.join(differing)} changed since {path} was written\n"
-                "  start again without --resume"
-            )
-        return content
-
-    def _write_bad_lines(self) -> None:
-        path = Path(f"{self.job.output_prefix}.bad_lines.jsonl")
-        if not self.bad:
-            path.unlink(missing_ok=True)
-            return
-        with path.open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(entry, ensure_ascii=False) + "\n" for entry in self.bad)
-
-    def _sidecar(self, key: str, writer: IndexedWriter, digests: list[str]) -> dict[str, Any]:
+    def _sidecar(self, key: str, writer: IndexedWriter, sources: list[dict[str, Any]]) -> dict[str, Any]:
+        job = self.job
+        parts: dict[str, Any] = {}
+        if job.partition != WHOLE:
+            digest = corpus_digest(job.sources, {**job.about, "keys": list(job.recipe.keys)})
+            parts["partition"] = {**asdict(job.partition), "corpus": digest}
         return {
             "format": 1,
             "key": key,
-            "sources": [
-                {"path": str(source.path), "bytes": source.size_bytes, "sha256": digest}
-                for source, digest in zip(self.job.sources, digests, strict=True)
-            ],
-            **self.job.about,
+            "sources": sources,
+            **job.about,
+            "flags": job.flags,
+            **parts,
             "documents": writer.num_documents,
             "sequences": writer.num_sequences,
             "tokens": writer.num_tokens,
@@ -246,47 +245,7 @@ class _Work:
         }
 
 
-class _Hashes:
-    """sha256 of the sources, computed beside the work; hashing holds no interpreter lock."""
-
-    def __init__(self, sources: Sequence[Source]) -> None:
-        self._sources = sources
-        self._digests: list[str] = []
-        self._error: OSError | None = None
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self._running = False
-
-    def _run(self) -> None:
-        try:
-            for source in self._sources:
-                digest = hashlib.sha256()
-                with source.path.open("rb") as file:
-                    while piece := file.read(1 << 20):
-                        digest.update(piece)
-                self._digests.append(digest.hexdigest())
-        except OSError as error:
-            self._error = error
-
-    def start(self) -> None:
-        """Begin, once the workers are forked; later calls do nothing."""
-        if not self._running:
-            self._running = True
-            self._thread.start()
-
-    def get(self) -> list[str]:
-        """Wait for the digests."""
-        self.start()
-        self._thread.join()
-        if self._error is not None:
-            raise DataError(f"cannot read {self._error.filename} again: {self._error.strerror}")
-        return self._digests
-
-
-def _after(block: Block) -> Position:
-    return Position(block.source, block.offset + block.size, block.first_line + block.num_lines)
-
-
-def _check_space(job: Job) -> None:
+def _check_space(job: Job, source_bytes: int) -> None:
     """Refuse before hours of work what cannot fit: the ids take about as much as a third to the whole of the text."""
     for key in job.recipe.keys:
         for path in (tokens_path(job.corpus_prefix(key)), index_path(job.corpus_prefix(key))):
@@ -295,8 +254,10 @@ def _check_space(job: Job) -> None:
     folder = Path(job.output_prefix).absolute().parent
     while not folder.exists():
         folder = folder.parent
-    text_bytes = sum(source.size_bytes * (4 if source.compression else 1) for source in job.sources)
-    needed = text_bytes * job.recipe.dtype.itemsize // 8
+    packed = sum(s.size_bytes for s in job.sources if s.compression or s.format == "parquet")
+    # Packed text is taken for four times as long as its file.
+    share = 1 + 3 * packed / max(1, sum(source.size_bytes for source in job.sources))
+    needed = int(source_bytes * share) * job.recipe.dtype.itemsize // 8
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise DataError(

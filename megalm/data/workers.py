@@ -5,14 +5,14 @@ from __future__ import annotations
 import multiprocessing
 import queue
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from typing import Any
 
 import numpy as np
 
-from megalm.data.documents import Block, Source
+from megalm.data.documents import Block
 from megalm.data.encoding import Encoded, Recipe, encode_block
 from megalm.errors import DataError
 
@@ -20,9 +20,7 @@ READ_AHEAD = 2
 """Blocks on their way for each worker beside the one that it works on."""
 
 
-def encode_in_order(
-    parts: Iterable[Block], sources: Sequence[Source], recipe: Recipe, *, workers: int
-) -> Iterator[tuple[Block, Encoded]]:
+def encode_in_order(parts: Iterable[Block], recipe: Recipe, *, workers: int) -> Iterator[tuple[Block, Encoded]]:
     """Blocks through `workers` processes; results in the order of the blocks.
 
     Each process is forked with the tokenizer that the parent has built, so that only blocks and packed ids are pickled.
@@ -36,7 +34,7 @@ def encode_in_order(
     def encode(block: Block) -> Encoded:
         worker = idle.get()
         try:
-            return worker.encode(block, sources[block.source].format)
+            return worker.encode(block)
         finally:
             idle.put(worker)
 
@@ -71,10 +69,10 @@ class _Worker:
         self._process.start()
         theirs.close()
 
-    def encode(self, block: Block, format_name: str) -> Encoded:
+    def encode(self, block: Block) -> Encoded:
         """Have a block encoded; an error there is raised here."""
         try:
-            self._pipe.send((block, format_name))
+            self._pipe.send(block)
             answer = self._receive()
         except (EOFError, OSError) as error:
             self._process.join(1)
@@ -110,12 +108,12 @@ def _serve(pipe: Connection[Any, Any], parents: Connection[Any, Any], recipe: Re
     parents.close()
     while True:
         try:
-            block, format_name = pipe.recv()
+            block = pipe.recv()
         except (EOFError, KeyboardInterrupt):
             return
         answer: Encoded | Exception
         try:
-            answer = encode_block(block, format_name, recipe)
+            answer = encode_block(block, recipe)
         except KeyboardInterrupt:
             return
         # Whatever it is, the parent raises it in the order of the blocks.

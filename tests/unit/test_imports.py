@@ -45,6 +45,8 @@ OPTIONAL = (
     "tensorboard",
     "wandb",
     "sentencepiece",
+    "pyarrow",
+    "zstandard",
     "pytest",
     "hypothesis",
     "triton",
@@ -86,7 +88,7 @@ def test_every_requirement_of_pyproject_is_pinned_in_the_lock() -> None:
     text = (ROOT / "pyproject.toml").read_text()
     requirements = re.findall(r'^ +"([A-Za-z0-9_-]+)(?:\[[^]]*\])?>=', text, re.MULTILINE)
     requirements += re.findall(
-        r'"([A-Za-z0-9_-]+)>=', " ".join(re.findall(r"^(?:hf|tracking) = .*$", text, re.MULTILINE))
+        r'"([A-Za-z0-9_-]+)>=', " ".join(re.findall(r"^(?:data|hf|tracking) = .*$", text, re.MULTILINE))
     )
     pinned = set(re.findall(r"^([a-z0-9-]+)==", (ROOT / "requirements.lock").read_text(), re.MULTILINE))
     assert len(requirements) > 10

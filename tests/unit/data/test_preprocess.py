@@ -9,15 +9,18 @@ import random
 import signal
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megalm.data.documents import blocks, find_sources
+from megalm.data.documents import blocks
 from megalm.data.encoding import Recipe
+from megalm.data.inputs import find_sources
 from megalm.data.preprocess import Job, Progress, preprocess
 from megalm.errors import DataError
 from tests.support.token_files import read_by_description
@@ -84,7 +87,30 @@ def test_blocks_cut_any_bytes_at_line_feeds_only(
     assert b"".join(parts) == content
     assert all(part.endswith(b"\n") for part in parts[:-1])
     assert [block.offset for block in found] == [sum(map(len, parts[:i])) for i in range(len(parts))]
-    assert [block.first_line for block in found] == [1 + content[: b.offset].count(b"\n") for b in found]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz"])
+def test_line_numbers_of_bad_lines_do_not_depend_on_blocks_or_restarts(tmp_path: Path, name: str) -> None:
+    lines = [b'{"text": "ab"}\n' if i % 3 else b"broken\n" for i in range(30)]
+    content = b"".join(lines)
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith("gz") else content)
+    places = [(i + 1, len(b"".join(lines[:i]))) for i in range(0, 30, 3)]
+    for block_bytes in (1, 40, 1 << 20):
+        run([tmp_path / name], tmp_path / "out", skip_bad_lines=True, block_bytes=block_bytes, overwrite=True)
+        listed = [json.loads(line) for line in (tmp_path / "out.bad_lines.jsonl").read_text().splitlines()]
+        assert [(entry["line"], entry["byte"]) for entry in listed] == places
+
+    def die(progress: Progress) -> None:
+        if progress.documents > 7:
+            raise KeyboardInterrupt
+
+    job = Job(find_sources([str(tmp_path / name)]), str(tmp_path / "killed"), recipe(), workers=0, block_bytes=40)
+    job = replace(job, skip_bad_lines=True, journal_seconds=0.0, resume=True)
+    with pytest.raises(KeyboardInterrupt):
+        preprocess(job, report=die)
+    preprocess(job)
+    assert (tmp_path / "killed.bad_lines.jsonl").read_bytes() == (tmp_path / "out.bad_lines.jsonl").read_bytes()
+    assert not list(tmp_path.glob("*.tmp"))
 
 
 def test_compressed_input_gives_the_same_bytes(tmp_path: Path, texts: list[str]) -> None:
@@ -97,7 +123,6 @@ def test_compressed_input_gives_the_same_bytes(tmp_path: Path, texts: list[str])
 
 
 def test_zstandard_input_gives_the_same_bytes_and_is_refused_when_cut(tmp_path: Path, texts: list[str]) -> None:
-    zstandard = pytest.importorskip("zstandard")
     source = write_lines(tmp_path / "a.jsonl", texts)
     raw = source.read_bytes()
     packed = b"".join(zstandard.ZstdCompressor().compress(part) for part in (raw[:1000], raw[1000:]))
@@ -291,7 +316,7 @@ def test_long_lines_give_the_same_bytes_in_pieces(
     source.write_bytes(gzip.compress(content) if compressed else content)
     run([source], tmp_path / "plain")
     for module, name, value in (
-        ("encoding", "LONG_LINE_BYTES", 50),
+        ("documents", "LONG_LINE_BYTES", 50),
         ("long_line", "LONG_STRING_BYTES", 100),
         ("long_line", "PIECE", 40),
         ("lines", "PIECE", 40),
@@ -315,7 +340,7 @@ def test_long_lines_give_the_same_bytes_in_pieces(
     ],
 )
 def test_broken_long_lines_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: bytes, reason: str) -> None:
-    for module, name, value in (("encoding", "LONG_LINE_BYTES", 50), ("long_line", "LONG_STRING_BYTES", 100)):
+    for module, name, value in (("documents", "LONG_LINE_BYTES", 50), ("long_line", "LONG_STRING_BYTES", 100)):
         monkeypatch.setattr(f"megalm.data.{module}.{name}", value)
     (tmp_path / "a.jsonl").write_bytes(b'{"text": "good"}\n' + line + b"\n")
     with pytest.raises(DataError, match=f"line 2, byte 17: {reason}"):
