@@ -20,3 +20,15 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     variance = centred.square().mean(dim=-1, keepdim=True)
     normalised = centred * torch.rsqrt(variance + eps)
     return (normalised * weight.to(wide_dtype) + bias.to(wide_dtype)).to(x.dtype)
+
+
+def add_layer_norm(
+    x: Tensor, branch_bias: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """residual + (x + branch_bias) in fp32, rounded once, and the LayerNorm of what was rounded.
+
+    Shapes: x, residual [..., h], branch_bias, weight, bias [h] -> 2 of [..., h].
+    """
+    wide_dtype = torch.promote_types(x.dtype, torch.float32)
+    total = (residual.to(wide_dtype) + (x.to(wide_dtype) + branch_bias.to(wide_dtype))).to(residual.dtype)
+    return total, layer_norm(total, weight, bias, eps)

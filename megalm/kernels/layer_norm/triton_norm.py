@@ -1,0 +1,265 @@
+"""LayerNorm in Triton, alone or right after the addition to the residual stream.
+
+A program holds whole rows in registers: forward reads its input once, and backward input and gradient once. Backward
+has a fixed number of programs, each of which sums its rows' parts of the weight gradients in fp32; a second
+step adds the programs' sums in a fixed order. Every run gives the same bits.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megalm.kernels.triton_language import ceil_div, jit, next_power_of_two, tl
+
+TILE_ELEMENTS = 4096
+MOST_ROWS = 16
+WIDEST = 16384
+PROGRAMS_A_PROCESSOR = 2
+PROGRAMS_ON_CPU = 2
+
+
+@jit
+def _forward_kernel(
+    x: tl.tensor,
+    residual: tl.tensor,
+    branch_bias: tl.tensor,
+    weight: tl.tensor,
+    bias: tl.tensor,
+    total: tl.tensor,
+    y: tl.tensor,
+    means: tl.tensor,
+    scales: tl.tensor,
+    num_rows: tl.tensor,
+    size: tl.tensor,
+    x_stride: tl.tensor,
+    residual_stride: tl.tensor,
+    eps: tl.tensor,
+    ADDS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    """With ADDS, total = residual + (x + branch_bias) is written and normalised as it was written."""
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    columns = tl.arange(0, BLOCK)
+    present = columns < size
+    inside = (rows < num_rows)[:, None] & present[None, :]
+    wide_rows = rows.to(tl.int64)[:, None]
+    out = wide_rows * size + columns[None, :]
+    values = tl.load(x + wide_rows * x_stride + columns[None, :], mask=inside, other=0.0).to(tl.float32)
+    if ADDS:
+        values += tl.load(branch_bias + columns, mask=present, other=0.0).to(tl.float32)[None, :]
+        values += tl.load(residual + wide_rows * residual_stride + columns[None, :], mask=inside, other=0.0).to(
+            tl.float32
+        )
+        stored = values.to(total.dtype.element_ty)
+        tl.store(total + out, stored, mask=inside)
+        values = stored.to(tl.float32)
+    mean = tl.sum(values, axis=1) / size
+    centred = tl.where(inside, values - mean[:, None], 0.0)
+    scale = 1.0 / tl.sqrt(tl.sum(centred * centred, axis=1) / size + eps)
+    w = tl.load(weight + columns, mask=present, other=0.0).to(tl.float32)
+    b = tl.load(bias + columns, mask=present, other=0.0).to(tl.float32)
+    result = centred * scale[:, None] * w[None, :] + b[None, :]
+    tl.store(y + out, result.to(y.dtype.element_ty), mask=inside)
+    tl.store(means + rows, mean, mask=rows < num_rows)
+    tl.store(scales + rows, scale, mask=rows < num_rows)
+
+
+@jit
+def _backward_kernel(
+    dy: tl.tensor,
+    dtotal: tl.tensor,
+    x: tl.tensor,
+    weight: tl.tensor,
+    means: tl.tensor,
+    scales: tl.tensor,
+    dx: tl.tensor,
+    partial: tl.tensor,
+    num_rows: tl.tensor,
+    size: tl.tensor,
+    dy_stride: tl.tensor,
+    dtotal_stride: tl.tensor,
+    x_stride: tl.tensor,
+    ADDS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    """partial [programs, 3, size] gets the sums of dy * normalised, of dy and, with ADDS, of dx."""
+    columns = tl.arange(0, BLOCK)
+    present = columns < size
+    w = tl.load(weight + columns, mask=present, other=0.0).to(tl.float32)[None, :]
+    weight_sum = tl.zeros([ROWS, BLOCK], tl.float32)
+    bias_sum = tl.zeros([ROWS, BLOCK], tl.float32)
+    branch_sum = tl.zeros([ROWS, BLOCK], tl.float32)
+    first = tl.program_id(0) * ROWS
+    step = tl.num_programs(0) * ROWS
+    for turn in tl.range(0, tl.cdiv(num_rows - first, step)):
+        rows = first + turn * step + tl.arange(0, ROWS)
+        inside = (rows < num_rows)[:, None] & present[None, :]
+        wide_rows = rows.to(tl.int64)[:, None]
+        gradient = tl.load(dy + wide_rows * dy_stride + columns[None, :], mask=inside, other=0.0).to(tl.float32)
+        values = tl.load(x + wide_rows * x_stride + columns[None, :], mask=inside, other=0.0).to(tl.float32)
+        mean = tl.load(means + rows, mask=rows < num_rows, other=0.0)[:, None]
+        scale = tl.load(scales + rows, mask=rows < num_rows, other=0.0)[:, None]
+        normalised = tl.where(inside, (values - mean) * scale, 0.0)
+        weighted = gradient * w
+        along = (tl.sum(weighted * normalised, axis=1) / size)[:, None]
+        shift = (tl.sum(weighted, axis=1) / size)[:, None]
+        result = (weighted - shift - normalised * along) * scale
+        weight_sum += gradient * normalised
+        bias_sum += gradient
+        if ADDS:
+            result += tl.load(dtotal + wide_rows * dtotal_stride + columns[None, :], mask=inside, other=0.0).to(
+                tl.float32
+            )
+            branch_sum += tl.where(inside, result, 0.0)
+        tl.store(dx + wide_rows * size + columns[None, :], result.to(dx.dtype.element_ty), mask=inside)
+    sums = partial + tl.program_id(0) * 3 * size + columns
+    tl.store(sums, tl.sum(weight_sum, axis=0), mask=present)
+    tl.store(sums + size, tl.sum(bias_sum, axis=0), mask=present)
+    if ADDS:
+        tl.store(sums + 2 * size, tl.sum(branch_sum, axis=0), mask=present)
+
+
+def tile(size: int) -> tuple[int, int, int]:
+    """Rows and columns of a program's tile, and its warps: 16 elements a thread."""
+    block = next_power_of_two(size)
+    rows = max(1, min(MOST_ROWS, TILE_ELEMENTS // block))
+    return rows, block, max(1, min(32, rows * block // 512))
+
+
+@functools.cache
+def _programs(device: torch.device) -> int:
+    if device.type != "cuda":
+        return PROGRAMS_ON_CPU
+    return PROGRAMS_A_PROCESSOR * torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _as_rows(x: Tensor) -> Tensor:
+    """Shapes: [..., h] -> [rows, h] with contiguous rows."""
+    rows = x.reshape(-1, x.size(-1))
+    return rows if rows.stride(-1) == 1 else rows.contiguous()
+
+
+@torch.library.custom_op(
+    "megalm::layer_norm",
+    mutates_args=(),
+    schema="(Tensor x, Tensor? residual, Tensor? branch_bias, Tensor weight, Tensor bias, float eps) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+)
+def _forward(
+    x: Tensor, residual: Tensor | None, branch_bias: Tensor | None, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """y, total (empty without a residual), mean and 1 / standard deviation of every row."""
+    y, total, means, scales = _empty_results(x, residual, branch_bias, weight, bias, eps)
+    rows, size = _as_rows(x), x.size(-1)
+    if y.numel() == 0:
+        return y, total, means, scales
+    added = rows if residual is None else _as_rows(residual)
+    tile_rows, block, num_warps = tile(size)
+    _forward_kernel[(ceil_div(rows.size(0), tile_rows),)](
+        rows, added, weight if branch_bias is None else branch_bias, weight, bias, total, y, means, scales,
+        rows.size(0), size, rows.stride(0), added.stride(0), eps,
+        ADDS=residual is not None, ROWS=tile_rows, BLOCK=block, num_warps=num_warps,
+    )  # fmt: skip
+    return y, total, means, scales
+
+
+@_forward.register_fake
+def _empty_results(
+    x: Tensor, residual: Tensor | None, branch_bias: Tensor | None, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    statistics = x.new_empty(x.shape[:-1], dtype=torch.float32)
+    return y, torch.empty_like(y) if residual is not None else y.new_empty(0), statistics, torch.empty_like(statistics)
+
+
+@torch.library.custom_op(
+    "megalm::layer_norm_backward",
+    mutates_args=(),
+    schema="(Tensor dy, Tensor? dtotal, Tensor x, Tensor weight, Tensor mean, Tensor scale) -> (Tensor, Tensor)",
+)
+def _backward(
+    dy: Tensor, dtotal: Tensor | None, x: Tensor, weight: Tensor, mean: Tensor, scale: Tensor
+) -> tuple[Tensor, Tensor]:
+    """dx, and the gradients of weight, bias and branch bias as [3, h] fp32."""
+    dx = torch.empty_like(x, memory_format=torch.contiguous_format)
+    gradients, values, size = _as_rows(dy), _as_rows(x), x.size(-1)
+    if dx.numel() == 0:
+        return dx, x.new_zeros((3, size), dtype=torch.float32)
+    added = gradients if dtotal is None else _as_rows(dtotal)
+    tile_rows, block, num_warps = tile(size)
+    programs = min(_programs(x.device), ceil_div(values.size(0), tile_rows))
+    partial = x.new_zeros((programs, 3, size), dtype=torch.float32)
+    _backward_kernel[(programs,)](
+        gradients, added, values, weight, mean, scale, dx, partial,
+        values.size(0), size, gradients.stride(0), added.stride(0), values.stride(0),
+        ADDS=dtotal is not None, ROWS=tile_rows, BLOCK=block, num_warps=num_warps,
+    )  # fmt: skip
+    return dx, partial.sum(dim=0)
+
+
+@_backward.register_fake
+def _(
+    dy: Tensor, dtotal: Tensor | None, x: Tensor, weight: Tensor, mean: Tensor, scale: Tensor
+) -> tuple[Tensor, Tensor]:
+    dx = torch.empty_like(x, memory_format=torch.contiguous_format)
+    return dx, x.new_empty((3, x.size(-1)), dtype=torch.float32)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, residual, branch_bias, weight, bias, _ = inputs
+    _, total, mean, scale = output
+    ctx.adds, ctx.bias_dtype = residual is not None, bias.dtype
+    ctx.branch_dtype = None if branch_bias is None else branch_bias.dtype
+    ctx.save_for_backward(x if residual is None else total, weight, mean, scale)
+
+
+def _differentiate(ctx: Any, dy: Tensor, dtotal: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    x, weight, mean, scale = ctx.saved_tensors
+    dx, sums = torch.ops.megalm.layer_norm_backward(dy, dtotal if ctx.adds else None, x, weight, mean, scale)
+    dweight, dbias, dbranch = sums.unbind(0)
+    return (
+        dx,
+        dx if ctx.adds else None,
+        None if ctx.branch_dtype is None else dbranch.to(ctx.branch_dtype),
+        dweight.to(weight.dtype),
+        dbias.to(ctx.bias_dtype),
+        None,
+    )
+
+
+_forward.register_autograd(_differentiate, setup_context=_keep)
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """The oracle's result; h up to 16,384.
+
+    Shapes: x [..., h], weight [h], bias [h] -> [..., h].
+    Raises: ValueError for a wider row.
+    """
+    _refuse_wide(x)
+    y: Tensor = torch.ops.megalm.layer_norm(x, None, None, weight, bias, eps)[0]
+    return y
+
+
+def add_layer_norm(
+    x: Tensor, branch_bias: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """`oracle.add_layer_norm` in one pass: the sum is rounded once and normalised as it was rounded.
+
+    Shapes: x, residual [..., h], branch_bias, weight, bias [h] -> 2 of [..., h].
+    Raises: ValueError for a row wider than 16,384.
+    """
+    _refuse_wide(x)
+    y, total, *_ = torch.ops.megalm.layer_norm(x, residual, branch_bias, weight, bias, eps)
+    return total, y
+
+
+def _refuse_wide(x: Tensor) -> None:
+    if x.size(-1) > WIDEST:
+        raise ValueError(f"the Triton LayerNorm holds rows of at most {WIDEST} elements, not {x.size(-1)}")
