@@ -56,6 +56,11 @@ class OutputConfig:
     attention: str = option("auto", doc="Attention core: auto, baddbmm (the reference), sdpa.")
     layer_norm: str = option("auto", doc="LayerNorm implementation: auto, reference (fp32 arithmetic), torch.")
     bias_gelu: str = option("auto", doc="Bias-GeLU implementation: auto, jit, torch.")
+    linear: str = option(
+        "auto",
+        doc="Matrix products of the linear layers: auto, torch, onednn (fp32 on CPUs), fp8 (8-bit operands, e5m2 "
+        "gradients), fp8_e4m3 (e4m3 gradients). auto never takes 8 bits.",
+    )
 
     profile: bool = option(
         False, doc="Profile some steps on the ranks of the first replica: a trace, and each kernel family's share."

@@ -13,6 +13,8 @@ from megalm.kernels.attention.baddbmm import BaddbmmAttention
 from megalm.kernels.attention.sdpa import SdpaAttention
 from megalm.kernels.bias_gelu import eager, jit
 from megalm.kernels.layer_norm import oracle, torch_native
+from megalm.kernels.linear import fp8, onednn
+from megalm.kernels.linear.torch_native import TorchLinear
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,12 @@ _CANDIDATES: dict[str, dict[str, _Candidate]] = {
         "torch": _Candidate(lambda: eager.bias_gelu, _no_obstacle),
         "jit": _Candidate(lambda: jit.bias_gelu_jit, _jit_obstacle),
     },
+    "linear": {
+        "torch": _Candidate(TorchLinear, _no_obstacle),
+        "onednn": _Candidate(onednn.OneDnnLinear, onednn.obstacle),
+        "fp8": _Candidate(fp8.Fp8Linear, fp8.obstacle),
+        "fp8_e4m3": _Candidate(lambda: fp8.Fp8Linear(gradient_format=fp8.E4M3), fp8.obstacle),
+    },
 }
 
 
@@ -81,6 +89,10 @@ def _usable(operation: str, device: torch.device) -> list[str]:
 
 
 def _preference(operation: str, device: torch.device) -> tuple[str, str]:
+    if operation == "linear":
+        if onednn.obstacle(device) is None and onednn.is_faster_here():
+            return "onednn", "MKL leaves half of this processor's vector width unused, oneDNN does not"
+        return "torch", "torch's own matrix products"
     if operation == "attention":
         return "sdpa", "torch's fused attention is faster than separate matrix products"
     if operation == "layer_norm":

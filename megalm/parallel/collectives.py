@@ -65,6 +65,18 @@ def reduce_scatter_sequence(x: Tensor, group: Group) -> Tensor:
     return x if group.size == 1 else _ReduceScatterSequence.apply(x, group)
 
 
+def start_gather_sequence(x: Tensor, group: Group) -> tuple[Tensor, Any]:
+    """Begin to gather all positions; the tensor is whole once the second value's `wait` returns. Has no gradient."""
+    whole = x.new_empty((x.size(0) * group.size, *x.shape[1:]))
+    return whole, all_gather_into(whole, x.contiguous(), group=group.handle, async_op=True)
+
+
+def start_reduce_scatter_sequence(x: Tensor, group: Group) -> tuple[Tensor, Any]:
+    """Begin to sum over the group and keep this rank's positions, as `start_gather_sequence` does. Has no gradient."""
+    part = x.new_empty((shard_size(x.size(0), group, what="sequence length"), *x.shape[1:]))
+    return part, reduce_scatter_into(part, x.contiguous(), group=group.handle, async_op=True)
+
+
 def _all_reduce(x: Tensor, group: Group) -> Tensor:
     # A copy: the argument may be shared with another node of the graph.
     total = x.clone(memory_format=torch.contiguous_format)

@@ -2,14 +2,94 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megalm.parallel.collectives import copy_to, gather_from, gather_sequence, reduce_from, reduce_scatter_sequence
+from megalm.kernels.linear.protocol import LinearKernel
+from megalm.kernels.linear.torch_native import TorchLinear
+from megalm.parallel.collectives import (
+    gather_from,
+    reduce_from,
+    reduce_scatter_sequence,
+    start_gather_sequence,
+    start_reduce_scatter_sequence,
+)
 from megalm.parallel.replicated import sum_gradient_over
 from megalm.parallel.shard import mark_replicated, mark_sharded, shard_size
-from megalm.topology.group import Group
+from megalm.topology.group import SOLO, Group
+
+TORCH = TorchLinear()
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    kernel: LinearKernel = TORCH,
+    tp: Group = SOLO,
+    sequence_parallel: bool = False,
+) -> Tensor:
+    """x W^T + b, entering a tensor-parallel region if `tp` has several ranks: the same x on each, its gradients summed.
+
+    Shapes: x [s, b, in] ([s/t, b, in] with sequence_parallel), weight [out, in], bias [out] -> [s, b, out].
+    Communicates: an all-reduce of x's gradient; with sequence_parallel, an all-gather of x in forward and again in
+        backward, and a reduce-scatter of its gradient. What backward sends travels while it multiplies.
+    """
+    if tp.size == 1 and kernel.name == TORCH.name:
+        return F.linear(x, weight, bias)
+    y: Tensor = _Linear.apply(x, weight, bias, kernel, tp, sequence_parallel and tp.size > 1)
+    return y
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        kernel: LinearKernel,
+        tp: Group,
+        sequence_parallel: bool,
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.kernel, ctx.tp, ctx.sequence_parallel = kernel, tp, sequence_parallel
+        if sequence_parallel:
+            whole, gathering = start_gather_sequence(x, tp)
+            gathering.wait()
+            return kernel.output(whole, weight, bias)
+        return kernel.output(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None, None]:
+        (grad,) = grads
+        x, weight = ctx.saved_tensors
+        wants_x, wants_weight, wants_bias = ctx.needs_input_grad[:3]
+        # Kept is this rank's part of the sequence; the whole is gathered while x's gradient is computed.
+        gathering = None
+        if ctx.sequence_parallel and wants_weight:
+            x, gathering = start_gather_sequence(x, ctx.tp)
+        grad_x, reducing = None, None
+        if wants_x:
+            grad_x = ctx.kernel.input_gradient(grad, weight)
+            # The sum over tp travels while the weight's gradient is computed.
+            if ctx.sequence_parallel:
+                grad_x, reducing = start_reduce_scatter_sequence(grad_x, ctx.tp)
+            elif ctx.tp.size > 1:
+                grad_x = grad_x.contiguous()
+                reducing = dist.all_reduce(grad_x, group=ctx.tp.handle, async_op=True)
+        if gathering is not None:
+            gathering.wait()
+        grad_weight = ctx.kernel.weight_gradient(grad, x) if wants_weight else None
+        grad_bias = grad.flatten(0, -2).sum(0) if wants_bias else None
+        if reducing is not None:
+            reducing.wait()
+        return grad_x, grad_weight, grad_bias, None, None, None
 
 
 class ColumnParallelLinear(nn.Module):
@@ -19,8 +99,7 @@ class ColumnParallelLinear(nn.Module):
     fused with what follows.
 
     Shapes: x [s, b, in] ([s/t, b, in] with sequence_parallel) -> [s, b, out/t] ([s, b, out] with gather_output).
-    Communicates: an all-reduce of x's gradient over tp; with sequence_parallel, an all-gather of x and a
-        reduce-scatter of its gradient.
+    Communicates: as `linear`.
     Raises: ConfigError if tp.size does not divide out_size.
     Source: Shoeybi et al. 2019, arXiv:1909.08053; sequence parallelism: Korthikanti et al. 2022, arXiv:2205.05198.
     """
@@ -37,6 +116,7 @@ class ColumnParallelLinear(nn.Module):
         gather_output: bool = False,
         sequence_parallel: bool = False,
         skip_bias_add: bool = False,
+        kernel: LinearKernel = TORCH,
     ) -> None:
         super().__init__()
         local = shard_size(out_size, tp, what="out_size of a column-parallel layer")
@@ -44,12 +124,14 @@ class ColumnParallelLinear(nn.Module):
         self.gather_output = gather_output
         self.sequence_parallel = sequence_parallel
         self.skip_bias_add = skip_bias_add
+        self.kernel = kernel
         self.weight = mark_sharded(nn.Parameter(torch.empty(local, in_size)), dim=0)
         self.bias = mark_sharded(nn.Parameter(torch.empty(local)), dim=0) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        x = gather_sequence(x, self.tp) if self.sequence_parallel else copy_to(x, self.tp)
-        y = F.linear(x, self.weight, None if self.skip_bias_add else self.bias)  # [s, b, in] -> [s, b, out/t]
+        bias = None if self.skip_bias_add else self.bias
+        y = linear(x, self.weight, bias, kernel=self.kernel, tp=self.tp, sequence_parallel=self.sequence_parallel)
+        # [s, b, in] -> [s, b, out/t]
         return gather_from(y, self.tp) if self.gather_output else y
 
     def added_bias(self) -> Tensor:
@@ -81,17 +163,19 @@ class RowParallelLinear(nn.Module):
         bias: bool = True,
         sequence_parallel: bool = False,
         skip_bias_add: bool = False,
+        kernel: LinearKernel = TORCH,
     ) -> None:
         super().__init__()
         local = shard_size(in_size, tp, what="in_size of a row-parallel layer")
         self.tp = tp
         self.sequence_parallel = sequence_parallel
         self.skip_bias_add = skip_bias_add
+        self.kernel = kernel
         self.weight = mark_sharded(nn.Parameter(torch.empty(out_size, local)), dim=1)
         self.bias = mark_replicated(nn.Parameter(torch.empty(out_size))) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.linear(x, self.weight)  # [s, b, in/t] -> partial sums [s, b, out]
+        y = linear(x, self.weight, None, kernel=self.kernel)  # [s, b, in/t] -> partial sums [s, b, out]
         y = reduce_scatter_sequence(y, self.tp) if self.sequence_parallel else reduce_from(y, self.tp)
         return y if self.skip_bias_add or self.bias is None else y + self.added_bias()
 

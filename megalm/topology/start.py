@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import ctypes
 import os
 import socket
 import sys
@@ -86,6 +87,8 @@ def start(launch: Launch, *, tp: int, pp: int, backend: str = "auto", timeout_mi
     device = torch.device("cuda", launch.local_rank) if on_gpu else torch.device("cpu")
     if on_gpu:
         torch.cuda.set_device(device)
+    else:
+        _keep_freed_memory()
     return Topology.build(layout, rank=launch.rank, local_rank=launch.local_rank, device=device)
 
 
@@ -138,6 +141,18 @@ def _complete_environment_of_one_process() -> None:
     defaults = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
+
+
+def _keep_freed_memory() -> None:
+    """Have glibc reuse the memory of freed tensors instead of handing it back to Linux, which clears every page again.
+
+    A step frees and takes the same large tensors over and over: 9 % of the quickstart's step (docs/performance.md).
+    """
+    mmap_threshold, trim_threshold = -3, -1  # names of mallopt(3), and the largest threshold that glibc takes
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:  # musl and macOS have none
+        mallopt(mmap_threshold, 32 * 1024 * 1024)
+        mallopt(trim_threshold, 1024 * 1024 * 1024)
 
 
 def _join(backend: str, timeout_minutes: float) -> None:

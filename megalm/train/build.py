@@ -166,6 +166,7 @@ def _build_module(plan: Plan, topology: Topology, streams: RngStreams, console: 
         attention=config.output.attention,
         layer_norm=config.output.layer_norm,
         bias_gelu=config.output.bias_gelu,
+        linear=config.output.linear,
     )
     for operation, choice in choices.items():
         console.info(f"{operation}: {choice.name} ({choice.reason})")

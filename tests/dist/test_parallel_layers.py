@@ -10,6 +10,7 @@ import torch
 
 from megalm.topology.group import SOLO, Group
 from megalm.topology.start import Launch, start
+from tests.dist.overlap_cases import backward_events
 from tests.dist.parallel_layer_cases import LAYER_CASES, run_layer_cases
 from tests.dist.sharded_model_cases import MODEL_CASES, dropout_draws, run_model_cases
 from tests.support.ranks import run_ranks
@@ -30,11 +31,15 @@ class Outcome(NamedTuple):
     layers: dict[str, float]
     models: dict[str, float]
     draws: tuple[list[float], list[float], list[float]]
+    overlap: tuple[list[str], list[str]] | None
 
 
 def run_all(tp: Group) -> Outcome:
     """Every case on this rank, in one process start."""
-    return Outcome(run_layer_cases(tp), run_model_cases(tp), dropout_draws(tp))
+    overlap = None
+    if tp.size > 1:
+        overlap = backward_events(tp, sequence_parallel=False), backward_events(tp, sequence_parallel=True)
+    return Outcome(run_layer_cases(tp), run_model_cases(tp), dropout_draws(tp), overlap)
 
 
 def run_all_on_rank(tp_size: int) -> Outcome:
@@ -70,3 +75,20 @@ def test_dropout_of_replicated_activations_agrees_and_of_sharded_ones_differs(ou
     assert all(draw == replicated[0] for draw in replicated)
     assert len({tuple(draw) for draw in attention}) == len(outcomes)
     assert len({tuple(draw) for draw in sequence}) == len(outcomes)
+
+
+def test_backward_sends_while_it_computes_the_weight_gradient(outcomes: list[Outcome]) -> None:
+    for outcome in outcomes:
+        if outcome.overlap is None:
+            assert len(outcomes) == 1
+            continue
+        reduced, sequence_parallel = outcome.overlap
+        assert reduced == ["input gradient", "all-reduce starts", "weight gradient", "all-reduce is waited for"]
+        assert sequence_parallel == [
+            "all-gather starts",
+            "input gradient",
+            "reduce-scatter starts",
+            "all-gather is waited for",
+            "weight gradient",
+            "reduce-scatter is waited for",
+        ]

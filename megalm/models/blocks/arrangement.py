@@ -8,7 +8,9 @@ from dataclasses import dataclass
 
 from megalm.kernels.attention.protocol import AttentionCore
 from megalm.kernels.bias_gelu.protocol import BiasGeluKernel
+from megalm.kernels.cross_entropy.protocol import VocabularyRows
 from megalm.kernels.layer_norm.protocol import LayerNormKernel
+from megalm.kernels.linear.protocol import LinearKernel
 from megalm.parallel.random import RngStreams
 from megalm.topology.group import SOLO, Group
 
@@ -38,6 +40,11 @@ class Kernels:
     attention: AttentionCore
     layer_norm: LayerNormKernel
     bias_gelu: BiasGeluKernel
+    linear: LinearKernel
+    head_linear: LinearKernel
+    """The product with the vocabulary; 8-bit formats stay out of it."""
+    head: VocabularyRows | None = None
+    """Fuses the head with the loss; None computes the logits of all tokens first."""
 
 
 @dataclass(frozen=True)

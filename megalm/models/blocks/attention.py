@@ -35,7 +35,11 @@ class ParallelAttention(nn.Module):
         self.num_local_heads = shard_size(shape.num_heads, spread.tp, what="num_heads")
         self.head_size = shape.head_size
         self.query_key_value = ColumnParallelLinear(
-            shape.hidden_size, 3 * shape.hidden_size, tp=spread.tp, sequence_parallel=spread.splits_sequence
+            shape.hidden_size,
+            3 * shape.hidden_size,
+            tp=spread.tp,
+            sequence_parallel=spread.splits_sequence,
+            kernel=kernels.linear,
         )
         self.dense = RowParallelLinear(
             shape.hidden_size,
@@ -43,6 +47,7 @@ class ParallelAttention(nn.Module):
             tp=spread.tp,
             sequence_parallel=spread.splits_sequence,
             skip_bias_add=True,
+            kernel=kernels.linear,
         )
         self.alibi = AlibiSlopes(shape.num_heads, tp=spread.tp) if shape.alibi else None
 

@@ -23,6 +23,7 @@ class ParallelMLP(nn.Module):
             tp=spread.tp,
             sequence_parallel=spread.splits_sequence,
             skip_bias_add=True,
+            kernel=kernels.linear,
         )
         self.dense_4h_to_h = RowParallelLinear(
             shape.ffn_size,
@@ -30,6 +31,7 @@ class ParallelMLP(nn.Module):
             tp=spread.tp,
             sequence_parallel=spread.splits_sequence,
             skip_bias_add=True,
+            kernel=kernels.linear,
         )
 
     def forward(self, x: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from megalm.config.model import ModelConfig
 from megalm.kernels.backend import Choice, choose
 from megalm.kernels.bias_gelu.eager import bias_gelu_erf
+from megalm.kernels.linear.torch_native import TorchLinear
 from megalm.models.blocks.arrangement import Kernels, Spread
 from megalm.models.gpt.model import GPT
 from megalm.models.gpt.plan import DocumentRules, GPTPlan
@@ -28,6 +29,7 @@ def choose_kernels(
     attention: str = "auto",
     layer_norm: str = "auto",
     bias_gelu: str = "auto",
+    linear: str = "auto",
 ) -> tuple[Kernels, dict[str, Choice]]:
     """The kernels that the names ask for, and each choice with its reason, for the log.
 
@@ -36,12 +38,15 @@ def choose_kernels(
     choices = {
         "attention": choose("attention", attention, device),
         "layer_norm": choose("layer_norm", layer_norm, device),
+        "linear": choose("linear", linear, device),
     }
     if model.activation == "gelu_erf":
         choices["bias_gelu"] = Choice("torch", bias_gelu_erf, "the erf GELU has one implementation")
     else:
         choices["bias_gelu"] = choose("bias_gelu", bias_gelu, device)
-    return Kernels(**{name: choice.implementation for name, choice in choices.items()}), choices
+    chosen = {name: choice.implementation for name, choice in choices.items()}
+    head_linear = TorchLinear() if choices["linear"].name.startswith("fp8") else choices["linear"].implementation
+    return Kernels(**chosen, head_linear=head_linear), choices
 
 
 def plan_gpt(

@@ -53,7 +53,8 @@ class GPT(nn.Module):
         if self.lm_head is not None:
             untied: Tensor = self.lm_head(x)
             return untied
-        return vocabulary_logits(x, self.embedding.word_embeddings.weight, spread=self.plan.spread)
+        weight = self.embedding.word_embeddings.weight
+        return vocabulary_logits(x, weight, kernel=self.plan.kernels.head_linear, spread=self.plan.spread)
 
     def _mask(self, tokens: Tensor) -> Tensor | None:
         if self.plan.documents is None or not self.plan.documents.reset_attention:

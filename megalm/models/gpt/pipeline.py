@@ -93,7 +93,7 @@ def layer_list(plan: GPTPlan) -> list[Callable[..., Any] | LayerSpec]:
     arguments = {"plan": plan} if documents is None else {"plan": plan, "eod_id": documents.eod_id}
 
     def tied_logits(module: EmbeddingPipe | TiedEmbeddingHead, x: Tensor) -> Tensor:
-        return vocabulary_logits(x, module.word_embeddings.weight, spread=spread)
+        return vocabulary_logits(x, module.word_embeddings.weight, kernel=plan.kernels.head_linear, spread=spread)
 
     tied = functools.partial(TiedLayerSpec, TIED_KEY, tied_weight_attr="word_embeddings.weight")
     is_tied = plan.shape.tie_embeddings

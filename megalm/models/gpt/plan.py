@@ -73,5 +73,6 @@ class GPTPlan:
         return {
             "vocab_rows": self.shape.vocab_rows,
             "hidden_size": self.shape.hidden_size,
+            "kernels": self.kernels,
             "spread": self.spread,
         }
