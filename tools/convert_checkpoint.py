@@ -1,5 +1,8 @@
 #!/usr/bin/env python
-"""Write a checkpoint, megalm's or BigScience's, for other tensor-parallel and pipeline sizes."""
+"""Write a checkpoint anew: for other tensor-parallel and pipeline sizes, or in DeepSpeed's universal form.
+
+Reads megalm's, BigScience's and universal checkpoints.
+"""
 
 from __future__ import annotations
 
@@ -10,19 +13,64 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megalm.errors import MegalmError
+from megalm.errors import CheckpointError, MegalmError
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    result = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    result = argparse.ArgumentParser(
+        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     result.add_argument("--load", type=Path, required=True, help="folder that a run saved to, or one checkpoint in it")
     result.add_argument("--step", type=int, help="step of the checkpoint; default: the one that `latest` names")
-    result.add_argument("--save", type=Path, required=True, help="folder that receives the reshaped checkpoint")
-    result.add_argument("--tensor-model-parallel-size", type=int, required=True, help="shards of each layer")
-    result.add_argument("--pipeline-model-parallel-size", type=int, default=1, help="pipeline stages (default: 1)")
+    result.add_argument("--save", type=Path, required=True, help="folder that receives the converted checkpoint")
+    result.add_argument("--tensor-model-parallel-size", type=int, help="shards of each layer")
+    result.add_argument("--pipeline-model-parallel-size", type=int, help="pipeline stages (default: 1)")
+    result.add_argument(
+        "--to-universal", action="store_true", help="write DeepSpeed's universal form, which has no layout"
+    )
     result.add_argument("--workers", type=int, default=4, help="layers converted at a time (default: 4)")
     return result
+
+
+def run(options: argparse.Namespace) -> tuple[Path, Path]:
+    """Find and convert; returns what was read and what was written."""
+    from megalm.checkpoint.byte_line import ByteLine
+    from megalm.checkpoint.find import find_checkpoint
+    from megalm.checkpoint.reshape import reshape_checkpoint
+    from megalm.checkpoint.universal_writer import write_universal
+
+    sizes = (options.tensor_model_parallel_size, options.pipeline_model_parallel_size)
+    if options.to_universal and sizes != (None, None):
+        raise CheckpointError("--to-universal has no layout\n  leave out the parallel sizes")
+    if not options.to_universal and sizes[0] is None:
+        raise CheckpointError("convert into what?\n  give --tensor-model-parallel-size, or --to-universal")
+    verifying, writing = ByteLine(sys.stderr, "verifying"), ByteLine(sys.stderr, "writing")
+    checkpoint = find_checkpoint(options.load, step=options.step, warn=warn, progress=verifying)
+    verifying.close()
+
+    def progress(what: str, count: int) -> None:
+        writing(count, 0, what)
+
+    workers = max(1, options.workers)
+    if options.to_universal:
+        path = write_universal(checkpoint, options.save, num_threads=workers, progress=progress)
+    else:
+        path = reshape_checkpoint(
+            checkpoint,
+            options.save,
+            tp_size=sizes[0],
+            pp_size=1 if sizes[1] is None else sizes[1],
+            num_threads=workers,
+            progress=progress,
+        )
+    writing.close()
+    return checkpoint, path
+
+
+def warn(message: str) -> None:
+    """Print a warning."""
+    print(f"warning: {message}", file=sys.stderr)
 
 
 def main(arguments: list[str]) -> int:
@@ -30,28 +78,12 @@ def main(arguments: list[str]) -> int:
     options = parser().parse_args(arguments)
     started = time.perf_counter()
     try:
-        from megalm.checkpoint.find import find_checkpoint
-        from megalm.checkpoint.reshape import reshape_checkpoint
-
-        checkpoint = find_checkpoint(options.load, step=options.step, warn=lambda text: print(text, file=sys.stderr))
-        path = reshape_checkpoint(
-            checkpoint,
-            options.save,
-            tp_size=options.tensor_model_parallel_size,
-            pp_size=options.pipeline_model_parallel_size,
-            num_threads=max(1, options.workers),
-            progress=show_progress if sys.stderr.isatty() else None,
-        )
+        checkpoint, path = run(options)
     except MegalmError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return error.exit_code
     print(f"{checkpoint} -> {path}, {time.perf_counter() - started:.1f} s")
     return 0
-
-
-def show_progress(what: str) -> None:
-    """Redraw the progress line."""
-    print(f"\rwritten: {what:<60.60}", end="", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -48,13 +48,15 @@ class BigScienceCheckpoint:
         self._state: dict[str, Any] = state
         self._arguments = vars(arguments)
 
-    def manifest(self) -> Manifest:
+    def manifest(self, *, tp_size: int | None = None) -> Manifest:
         """The checkpoint described as one of megalm's, without hashes: there is nothing to verify it by.
+
+        `tp_size` is the number of shards; that of the layer files when not given.
 
         Raises: CheckpointError if the model is one that megalm cannot build.
         """
         model = self._model()
-        tp_size = tensor_parallel_size(self.folder)
+        tp_size = tensor_parallel_size(self.folder) if tp_size is None else tp_size
         sizes = {"tp": tp_size, "pp": self._arguments.get("pipeline_model_parallel_size", 1), "dp": 0, "zero_stage": 1}
         dtype = "bf16" if self._arguments.get("bf16") else "fp16" if self._arguments.get("fp16") else "fp32"
         return Manifest(

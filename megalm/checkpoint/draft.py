@@ -66,6 +66,12 @@ class Draft:
         return cls(folder, manifest, state_text, config, retention)
 
     @property
+    def state(self) -> dict[str, Any]:
+        """The content of train_state.json."""
+        content: dict[str, Any] = json.loads(self.state_text)
+        return content
+
+    @property
     def final(self) -> Path:
         """The folder's name once it is whole."""
         return self.folder / layout.step_folder(self.manifest.step)

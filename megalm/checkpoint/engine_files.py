@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,8 @@ from megalm.checkpoint.durable import FileRecord, make_folder
 from megalm.checkpoint.optimizer_files import PARAMETER_GROUPS
 from megalm.checkpoint.restore import named_parameters
 from megalm.checkpoint.tensor_files import check_finite, read_tensors, snapshot, write_tensors
+from megalm.checkpoint.universal import DESCRIPTION_KEY, INFO_KEY, universal_info
+from megalm.models.gpt.shape import GPTShape
 from megalm.topology.topology import Topology
 
 
@@ -94,10 +96,14 @@ def _writing_through(engine: Any, files: FileEngine) -> Iterator[None]:
         del engine._copy_recovery_script
 
 
-def write_engine_files(engine: Any, folder: Path, files: FileEngine, *, topology: Topology) -> None:
+def write_engine_files(
+    engine: Any, folder: Path, files: FileEngine, *, topology: Topology, description: Mapping[str, Any]
+) -> None:
     """Let DeepSpeed write its files into `folder`; what failed is in `files.failure`.
 
-    A model of one stage gets the layer files of a pipeline, so that whatever reads weights reads one form.
+    Beside its counters the engine-state files hold `description`, and what DeepSpeed's converter to universal
+    checkpoints asks of a trainer. A model of one stage gets the layer files of a pipeline, so that whatever reads
+    weights reads one form.
     Communicates: under ZeRO-3 an all-gather of every layer over dp, otherwise nothing.
     """
     before = getattr(engine.optimizer, "checkpoint_event_prologue", None)
@@ -106,7 +112,12 @@ def write_engine_files(engine: Any, folder: Path, files: FileEngine, *, topology
         before()
     try:
         # The parts of DeepSpeedEngine.save_checkpoint that write; its barriers and its plain `latest` are left out.
-        state = {PARAMETER_GROUPS: _parameter_groups(engine)}
+        shape: GPTShape = engine.module.plan.shape
+        state = {
+            PARAMETER_GROUPS: _parameter_groups(engine),
+            INFO_KEY: universal_info(shape, pipelined=isinstance(engine.module, PipelineModule)),
+            DESCRIPTION_KEY: dict(description),
+        }
         with _writing_through(engine, files):
             engine._save_checkpoint(str(folder.parent), folder.name, client_state=state)
             if engine.save_zero_checkpoint:

@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 
 import torch
 
-from megalm.checkpoint.tensor_files import Allowed, InertState, read_tensors
+from megalm.checkpoint.tensor_files import ALLOWING, Allowed, InertState, read_tensors
 from megalm.errors import CheckpointError
 
 _MAX_NAMES = 10_000
@@ -58,7 +58,8 @@ def _unknown_names(path: Path) -> set[str]:
     """Names that the file refers to and torch does not load by itself."""
     try:
         if zipfile.is_zipfile(path):
-            names = set(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+            with ALLOWING:
+                names = set(torch.serialization.get_unsafe_globals_in_checkpoint(path))
         else:
             with open(path, "rb") as file:
                 names = _names_in_old_format(file)

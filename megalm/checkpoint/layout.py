@@ -9,9 +9,15 @@ from __future__ import annotations
 import re
 
 LATEST = "latest"
+LATEST_UNIVERSAL = "latest_universal"
 TRAIN_STATE = "train_state.json"
 CONFIG = "config.yaml"
 MANIFEST = "manifest.json"
+
+UNIVERSAL_FOLDER = "zero"
+"""Folder of a universal checkpoint that has a folder for each parameter."""
+UNIVERSAL_OPTIMIZER = "optimizer_state.pt"
+"""What its optimizer states have in common, in that folder."""
 
 EMBEDDING_INDEX = 1
 FIRST_BLOCK_INDEX = 3
@@ -94,6 +100,11 @@ def parse_optimizer_file(name: str) -> tuple[int, int] | None:
     """(data rank, mp_rank) of an optimizer file's name, or None for any other name."""
     match = _OPTIMIZER_FILE.fullmatch(name)
     return (int(match.group(1)), int(match.group(2))) if match else None
+
+
+def universal_file(parameter: str, key: str) -> str:
+    """One state of one parameter of a universal checkpoint: fp32, exp_avg, exp_avg_sq or step; with its folders."""
+    return f"{UNIVERSAL_FOLDER}/{parameter}/{key}.pt"
 
 
 def rng_file(*, tp_rank: int, pp_rank: int, dp_rank: int) -> str:

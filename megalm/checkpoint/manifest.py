@@ -18,6 +18,7 @@ from megalm.errors import CheckpointError
 FORMAT = 1
 _OWN_HASH = "sha256"
 _MAX_MANIFEST_BYTES = 256 * 1024 * 1024
+_MAX_PARTS = 3
 _BLOCK_BYTES = 8 * 1024 * 1024
 
 
@@ -94,7 +95,7 @@ def _hash_of(content: Mapping[str, Any]) -> str:
 
 
 def _check_record(record: FileRecord) -> None:
-    check_file_name(record.name)
+    check_member_name(record.name)
     if type(record.bytes) is not int or record.bytes < 0:
         raise ValueError(f"file {record.name!r} has {record.bytes!r} bytes")
     if not isinstance(record.sha256, str) or len(record.sha256) != 64:
@@ -108,6 +109,18 @@ def check_file_name(name: object) -> None:
     """
     if not isinstance(name, str) or not name or name in (".", "..") or any(c in name for c in "/\\\0"):
         raise ValueError(f"{name!r} is no plain file name")
+
+
+def check_member_name(name: object) -> None:
+    """Refuse a name that could lead outside its checkpoint. Universal ones have one folder with others in it.
+
+    Raises: ValueError unless `name` is a plain file name, or plain names below that folder.
+    """
+    parts: list[object] = list(name.split("/")) if isinstance(name, str) else []
+    if not 2 <= len(parts) <= _MAX_PARTS or parts[0] != layout.UNIVERSAL_FOLDER:
+        parts = [name]
+    for part in parts:
+        check_file_name(part)
 
 
 def verify(
@@ -132,8 +145,11 @@ def verify(
 def _problem(folder: Path, record: FileRecord, progress: Callable[[int], None] | None) -> str | None:
     path = folder / record.name
     try:
-        if path.is_symlink():
-            return f"{path} is a link"
+        for member in (path, *path.parents):
+            if member == folder:
+                break
+            if member.is_symlink():
+                return f"{member} is a link"
         if not path.is_file():
             return f"{path} is missing"
         size = path.stat().st_size
@@ -147,14 +163,18 @@ def _problem(folder: Path, record: FileRecord, progress: Callable[[int], None] |
 
 
 def hash_file(path: Path, *, progress: Callable[[int], None] | None = None) -> str:
-    """sha256 of a file, read in blocks."""
+    """sha256 of a file, read in blocks; the disk reads the next ones meanwhile."""
     digest = hashlib.sha256()
     buffer = bytearray(_BLOCK_BYTES)
     view = memoryview(buffer)
     with open(path, "rb", buffering=0) as file:
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
+        offset = 0
         while count := file.readinto(buffer):
+            offset += count
+            if hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(file.fileno(), offset, 2 * _BLOCK_BYTES, os.POSIX_FADV_WILLNEED)
             digest.update(view[:count])
             if progress is not None:
                 progress(count)

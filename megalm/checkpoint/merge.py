@@ -58,8 +58,16 @@ class LayerFiles:
         self.drift[weight.name] = (exact - mean).abs().max().item()
         return mean.to(parts[0].dtype)
 
+    def file_of(self, weight: Weight, rank: int) -> Path:
+        """Where one tensor rank's part of a weight lies."""
+        return self.folder / layout.layer_file(weight.layer, rank)
+
     def part(self, weight: Weight, state: dict[str, Any], rank: int) -> Tensor:
-        file = self.folder / layout.layer_file(weight.layer, rank)
+        """One tensor rank's part of a weight.
+
+        Raises: CheckpointError if it is missing, or of another shape.
+        """
+        file = self.file_of(weight, rank)
         part = state.get(weight.key)
         if not isinstance(part, Tensor):
             raise CheckpointError(

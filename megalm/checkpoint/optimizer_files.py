@@ -59,6 +59,9 @@ class LocalState:
     step: float
 
 
+StateReader = Callable[[], LocalState]
+
+
 class OptimizerFiles:
     """The optimizer states of one checkpoint. Tensors are read when they are touched."""
 
@@ -118,17 +121,27 @@ class OptimizerFiles:
                 return dict(vars(scaler))
         return None
 
-    def _of_rank(self, mp_rank: int) -> Mapping[str, Callable[[], LocalState]]:
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """What each group of parameters is optimised with (lr, betas, ...), without those; empty if unknown."""
+        if self._partitions:
+            state = self._partition(min(self._partitions), 0)
+            base = state.get("base_optimizer_state", state.get("optimizer_state_dict"))
+        else:
+            base = self._engine_state(self._model_ranks[0]).get("optimizer") if self._model_ranks else None
+        groups = base.get("param_groups") if isinstance(base, dict) else None
+        return [{key: value for key, value in group.items() if key != "params"} for group in groups or []]
+
+    def _of_rank(self, mp_rank: int) -> Mapping[str, StateReader]:
         """By canonical name, how to read each weight's state on one (stage, tensor rank)."""
         if mp_rank not in self._readers:
             self._readers[mp_rank] = dict(self._read_rank(mp_rank))
         return self._readers[mp_rank]
 
     @cached_property
-    def _readers(self) -> dict[int, dict[str, Callable[[], LocalState]]]:
+    def _readers(self) -> dict[int, dict[str, StateReader]]:
         return {}
 
-    def _read_rank(self, mp_rank: int) -> Iterator[tuple[str, Callable[[], LocalState]]]:
+    def _read_rank(self, mp_rank: int) -> Iterator[tuple[str, StateReader]]:
         partitions = self._partitions.get(mp_rank)
         if partitions is None:
             yield from _from_plain(self._engine_state(mp_rank), self._folder)
@@ -202,7 +215,7 @@ def _names_of_groups(state: Mapping[str, Any], folder: Path) -> list[list[str]]:
     return groups
 
 
-def _from_plain(state: Mapping[str, Any], folder: Path) -> Iterator[tuple[str, Callable[[], LocalState]]]:
+def _from_plain(state: Mapping[str, Any], folder: Path) -> Iterator[tuple[str, StateReader]]:
     """ZeRO-0: torch's state dict, a state a parameter; the weights themselves are fp32."""
     optimizer = state.get("optimizer")
     if not isinstance(optimizer, dict):
@@ -216,7 +229,7 @@ def _from_plain(state: Mapping[str, Any], folder: Path) -> Iterator[tuple[str, C
                 yield name, partial(LocalState, pieces, float(own["step"]))
 
 
-def _from_flat(states: list[dict[str, Any]]) -> Iterator[tuple[str, Callable[[], LocalState]]]:
+def _from_flat(states: list[dict[str, Any]]) -> Iterator[tuple[str, StateReader]]:
     """ZeRO-1, ZeRO-2 and BF16_Optimizer: each rank a range of every group's concatenated weights."""
     where: dict[str, list[tuple[int, int, int, int]]] = {}
     for dp_rank, state in enumerate(states):
@@ -254,7 +267,7 @@ def _group_state(base: Any, group: int) -> Mapping[str, Any] | None:
 
 def _from_sharded(
     states: list[dict[str, Any]], groups: list[list[str]], shares: Mapping[str, int]
-) -> Iterator[tuple[str, Callable[[], LocalState]]]:
+) -> Iterator[tuple[str, StateReader]]:
     """ZeRO-3: each rank an equal share of every weight, padded at the end of the last one."""
 
     def read(group: int, offset: int, share: int) -> LocalState:

@@ -5,9 +5,10 @@ Loading needs no such thing; this is for handing a checkpoint on, or for sparing
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -27,16 +28,20 @@ from megalm.checkpoint.durable import (
     unlink,
     write_text,
 )
+from megalm.checkpoint.identity import read_config
 from megalm.checkpoint.manifest import Manifest
 from megalm.checkpoint.optimizer_files import MASTER, MOMENTS, OptimizerFiles, read_engine_state
 from megalm.checkpoint.source import Source, open_checkpoint
 from megalm.checkpoint.split import shard, write_layer_files
-from megalm.checkpoint.tensor_files import FragmentAddress, write_tensors
+from megalm.checkpoint.tensor_files import DynamicLossScaler, FragmentAddress, LossScaler, write_tensors
+from megalm.checkpoint.universal import UniversalLayers, pipeline_name
 from megalm.errors import CheckpointError
-from megalm.models.gpt.weights import EMBEDDING_LAYER, FIRST_BLOCK_LAYER, Weight, weight_table
+from megalm.models.gpt.weights import FIRST_BLOCK_LAYER, Weight, weight_table
 
 COUNTERS = ("global_steps", "global_samples", "skipped_steps")
-Progress = Callable[[str], None]
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+Progress = Callable[[str, int], None]
+"""Called with what was written, and its bytes."""
 
 
 def reshape_checkpoint(
@@ -55,50 +60,68 @@ def reshape_checkpoint(
     Raises: CheckpointError if the sizes do not fit the model, or the destination has this step already.
     """
     source = open_checkpoint(checkpoint)
-    step = source.manifest.step
-    final = destination / layout.step_folder(step)
-    if final.exists():
-        raise CheckpointError(f"{final} exists, and nothing is overwritten\n  give another folder")
     if not 1 <= pp_size <= source.shape.num_layers:
         raise CheckpointError(f"{pp_size} pipeline stages do not fit {source.shape.num_layers} layers\n  give fewer")
     for weight in weight_table(source.shape):
         shard(weight, torch.empty(weight.shape, device="meta"), tp_rank=0, tp_size=tp_size)
-    temporary = destination / layout.temporary_folder(step)
-    remove_folder(temporary)
-    make_folder(temporary)
-    try:
-        records = _write_layers(source, temporary, tp_size=tp_size, num_threads=num_threads, progress=progress)
+    with offline_folder(destination, source.manifest.step) as folder:
+        records = _write_layers(source, folder, tp_size=tp_size, num_threads=num_threads, progress=progress)
         optimizer = source.optimizer()
-        counters = _counters(source)
+        counters = read_counters(source)
+        sizes = {"tp": tp_size, "pp": pp_size, "dp": 1, "zero_stage": 1 if optimizer.exists else 0}
+        manifest = replace(
+            source.manifest, layout={**sizes, "dtype": source.dtype, "reshaped": True}, versions=versions()
+        )
         for stage in range(pp_size):
             for tp_rank in range(tp_size):
                 rank = layout.model_rank(pp_rank=stage, tp_rank=tp_rank, tp_size=tp_size)
                 state = {**counters, "module": None, "optimizer": None, "dp_world_size": 1}
-                records.append(write_tensors(temporary / layout.model_file(rank), state))
+                records.append(write_tensors(folder / layout.model_file(rank), state))
                 if optimizer.exists:
                     own = _weights_of_stage(source, stage, pp_size)
-                    records.append(_write_partition(source, optimizer, own, temporary, rank, tp_rank, tp_size))
+                    records.append(_write_partition(source, optimizer, own, folder, rank, tp_rank, tp_size))
                     if progress is not None:
-                        progress(f"optimizer of stage {stage}, tensor rank {tp_rank}")
-        _write_descriptions(source, temporary, records, tp_size=tp_size, pp_size=pp_size, optimizer=optimizer.exists)
+                        progress(f"optimizer of stage {stage}, tensor rank {tp_rank}", records[-1].bytes)
+        write_descriptions(source, folder, manifest, records)
+    return destination / layout.step_folder(source.manifest.step)
+
+
+@contextlib.contextmanager
+def offline_folder(destination: Path, step: int, *, latest: str = layout.LATEST) -> Iterator[Path]:
+    """A folder to write a checkpoint to, which is published as `destination/global_stepN` when the block ends well.
+
+    Raises: CheckpointError if the destination has this step already.
+    """
+    final = destination / layout.step_folder(step)
+    if final.exists():
+        raise CheckpointError(f"{final} exists, and nothing is overwritten\n  give another folder")
+    temporary = destination / layout.temporary_folder(step)
+    remove_folder(temporary)
+    make_folder(temporary)
+    try:
+        yield temporary
         publish_folder(temporary, final, replaced=destination / layout.replaced_folder(step))
-        replace_text(destination / layout.LATEST, final.name)
+        replace_text(destination / latest, final.name)
     except BaseException:
         remove_folder(temporary)
         raise
-    return final
 
 
 def _write_layers(
     source: Source, folder: Path, *, tp_size: int, num_threads: int, progress: Progress | None
 ) -> list[FileRecord]:
+    # A universal checkpoint has fp32 alone; with masters beside it, what a run computes with is their rounding.
+    rounded = source.dtype if isinstance(source.layers, UniversalLayers) and source.optimizer().exists else None
+
     def convert(index: int) -> list[FileRecord]:
         shards = source.layers.read_layer(index)
         weights = [weight for weight in weight_table(source.shape) if weight.layer == index]
         merged = ((weight, source.layers.merge(weight, shards)) for weight in weights)
+        if rounded in DTYPES:
+            merged = ((weight, tensor.to(DTYPES[rounded])) for weight, tensor in merged)
         written = write_layer_files(folder, merged, tp_size=tp_size)
         if progress is not None:
-            progress(f"layer {index}")
+            progress(f"layer {index}", sum(record.bytes for record in written))
         return written
 
     layers = sorted({weight.layer for weight in weight_table(source.shape)})
@@ -125,49 +148,83 @@ def _write_partition(
     tp_rank: int,
     tp_size: int,
 ) -> FileRecord:
-    """One rank's optimizer state as ZeRO-1 has it on one data rank: a single group, flat."""
-    counts = [w.numel if w.partition_dim is None else w.numel // tp_size for w in weights]
-    scratch = {key: folder / f"scratch_{rank}_{key}" for key in (MASTER, *MOMENTS)}
-    flat = {
-        key: torch.from_file(str(path), shared=True, size=sum(counts), dtype=torch.float32)
-        for key, path in scratch.items()
-    }
-    addresses: OrderedDict[str, FragmentAddress] = OrderedDict()
-    offset, step = 0, 0.0
-    for weight, count in zip(weights, counts, strict=True):
-        for key, target in flat.items():
-            whole = _whole(source, optimizer, weight, key)
-            part = shard(weight, whole, tp_rank=tp_rank, tp_size=tp_size)
-            target[offset : offset + count].copy_(part.reshape(-1))
-        step = optimizer.state(weight, 0).step
-        prefix = "tied_modules.embed" if weight.layer == EMBEDDING_LAYER else str(weight.layer)
-        addresses[f"{prefix}.{weight.key}"] = FragmentAddress(numel=count, start=offset)
-        offset += count
-    moments: dict[str, Any] = {"step": torch.tensor(step), **{key: flat[key] for key in MOMENTS}}
-    state = {
-        "optimizer_state_dict": {
-            "base_optimizer_state": {"state": {0: moments}, "param_groups": [{"params": [0]}]},
-            "single_partition_of_fp32_groups": [flat[MASTER]],
-            "param_slice_mappings": [addresses],
+    """One rank's optimizer state as ZeRO-1 has it on one data rank: matrices flat, and vectors flat."""
+    settings = parameter_groups(source, optimizer)
+    groups = [[w for w in weights if (len(w.shape) >= 2) == matrices] for matrices in (True, False)]
+    masters, mappings, moments = [], [], {}
+    scratch: list[Path] = []
+    for number, group in enumerate(groups):
+        counts = [w.numel if w.partition_dim is None else w.numel // tp_size for w in group]
+        paths = {key: folder / f"scratch_{rank}_{number}_{key}" for key in (MASTER, *MOMENTS)}
+        scratch += paths.values()
+        flat = {
+            key: torch.from_file(str(path), shared=True, size=sum(counts), dtype=torch.float32)
+            for key, path in paths.items()
         }
+        addresses: OrderedDict[str, FragmentAddress] = OrderedDict()
+        offset, step = 0, 0.0
+        for weight, count in zip(group, counts, strict=True):
+            for key, target in flat.items():
+                whole = whole_state(source, optimizer, weight, key)
+                part = shard(weight, whole, tp_rank=tp_rank, tp_size=tp_size)
+                target[offset : offset + count].copy_(part.reshape(-1))
+            step = optimizer.state(weight, 0).step
+            addresses[pipeline_name(weight, source.shape)] = FragmentAddress(numel=count, start=offset)
+            offset += count
+        masters.append(flat[MASTER])
+        mappings.append(addresses)
+        moments[number] = {"step": torch.tensor(step), **{key: flat[key] for key in MOMENTS}}
+    state = {
+        "base_optimizer_state": {
+            "state": moments,
+            "param_groups": [{**group, "params": [number]} for number, group in enumerate(settings)],
+        },
+        "single_partition_of_fp32_groups": masters,
+        "param_slice_mappings": mappings,
+        **loss_scaler_state(optimizer),
     }
-    bf16 = source.manifest.layout.get("dtype") == "bf16"
-    record = write_tensors(folder / layout.optimizer_file(dp_rank=0, mp_rank=rank, bf16=bf16), state)
-    for path in scratch.values():
+    name = layout.optimizer_file(dp_rank=0, mp_rank=rank, bf16=source.dtype == "bf16")
+    record = write_tensors(folder / name, {"optimizer_state_dict": state})
+    for path in scratch:
         unlink(path)
     return record
 
 
-def _whole(source: Source, optimizer: OptimizerFiles, weight: Weight, key: str) -> Tensor:
+def parameter_groups(source: Source, optimizer: OptimizerFiles) -> list[dict[str, Any]]:
+    """What matrices are optimised with, and what vectors: the two groups of megalm's and Megatron's optimizers."""
+    found = optimizer.parameter_groups() if optimizer.exists else []
+    if len(found) == 2 and all("lr" in group for group in found):
+        return found
+    config = read_config(source.folder)
+    if config is None:
+        return [{}, {}]
+    training = config.training
+    common = {"lr": training.lr, "betas": (training.adam_beta1, training.adam_beta2), "eps": training.adam_eps}
+    return [{**common, "weight_decay": training.weight_decay}, {**common, "weight_decay": 0.0}]
+
+
+def loss_scaler_state(optimizer: OptimizerFiles) -> dict[str, Any]:
+    """The scale of an fp16 run's loss as DeepSpeed keeps it; nothing where there is none."""
+    found = optimizer.loss_scaler() if optimizer.exists else None
+    if found is None:
+        return {}
+    dynamic = "cur_iter" in found
+    scaler = DynamicLossScaler() if dynamic else LossScaler()
+    vars(scaler).update(found)
+    return {"loss_scaler": scaler, "dynamic_loss_scale": dynamic}
+
+
+def whole_state(source: Source, optimizer: OptimizerFiles, weight: Weight, key: str) -> Tensor:
     """A state of one weight, whole; fp32 runs without ZeRO keep no second copy of the weight itself."""
-    if key in optimizer.state(weight, 0).pieces:
+    if optimizer.exists and key in optimizer.state(weight, 0).pieces:
         return optimizer.whole(weight, key)
     if key == MASTER:
         return source.layers.merge(weight, source.layers.read_layer(weight.layer)).float()
     raise CheckpointError(f"{source.folder} has no {key} of {weight.name}")
 
 
-def _counters(source: Source) -> dict[str, int]:
+def read_counters(source: Source) -> dict[str, int]:
+    """DeepSpeed's own counts of steps and samples."""
     names = (layout.model_file(0), layout.sharded_model_file(dp_rank=0, mp_rank=0))
     found: dict[str, int] = {}
     for name in names:
@@ -176,18 +233,11 @@ def _counters(source: Source) -> dict[str, int]:
     return found
 
 
-def _write_descriptions(
-    source: Source, folder: Path, records: list[FileRecord], *, tp_size: int, pp_size: int, optimizer: bool
-) -> None:
-    records.append(write_text(folder / layout.TRAIN_STATE, json.dumps(source.train_state, indent=1) + "\n"))
+def write_descriptions(source: Source, folder: Path, manifest: Manifest, records: list[FileRecord]) -> None:
+    """Write progress and configuration as the source has them, then the manifest of everything."""
+    own = [write_text(folder / layout.TRAIN_STATE, json.dumps(source.train_state, indent=1) + "\n")]
     config = source.folder / layout.CONFIG
     if config.is_file():
-        records.append(write_text(folder / layout.CONFIG, config.read_text(encoding="utf-8")))
-    sizes = {"tp": tp_size, "pp": pp_size, "dp": 1, "zero_stage": 1 if optimizer else 0}
-    manifest: Manifest = replace(
-        source.manifest,
-        layout={**sizes, "dtype": source.manifest.layout.get("dtype"), "reshaped": True},
-        versions=versions(),
-        files=tuple(sorted(records, key=lambda record: record.name)),
-    )
-    write_text(folder / layout.MANIFEST, manifest.to_json())
+        own.append(write_text(folder / layout.CONFIG, config.read_text(encoding="utf-8")))
+    files = tuple(sorted([*records, *own], key=lambda record: record.name))
+    write_text(folder / layout.MANIFEST, replace(manifest, files=files).to_json())

@@ -16,6 +16,7 @@ from megalm.checkpoint.agreement import agree
 from megalm.checkpoint.draft import Draft
 from megalm.checkpoint.engine_files import FileEngine, write_engine_files
 from megalm.checkpoint.retention import Retention
+from megalm.checkpoint.universal import description
 from megalm.config.root import Config
 from megalm.topology.agree import exchange
 from megalm.topology.topology import Topology
@@ -104,7 +105,8 @@ def write_rank_files(
     engine: Any, draft: Draft, files: FileEngine, *, topology: Topology, rng: Mapping[str, Any] | None
 ) -> None:
     """Pass everything that this rank holds to `files`; what failed is in `files.failure`."""
-    write_engine_files(engine, draft.temporary, files, topology=topology)
+    known = description(draft.manifest, draft.state)
+    write_engine_files(engine, draft.temporary, files, topology=topology, description=known)
     name = layout.rng_file(tp_rank=topology.tp.rank, pp_rank=topology.pp.rank, dp_rank=topology.dp.rank)
     files.save(dict(default_rng_state() if rng is None else rng), str(draft.temporary / name))
 

@@ -1,4 +1,4 @@
-"""A checkpoint as something to read from: megalm's own, or one of BigScience's."""
+"""A checkpoint as something to read from: megalm's own, one of BigScience's, or DeepSpeed's universal form."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from megalm.checkpoint.manifest import Manifest, read_manifest
 from megalm.checkpoint.merge import LayerFiles
 from megalm.checkpoint.optimizer_files import OptimizerFiles, Reader
 from megalm.checkpoint.tensor_files import read_tensors
+from megalm.checkpoint.universal import UniversalLayers, UniversalOptimizer, is_universal, read_universal_manifest
 from megalm.errors import CheckpointError
 from megalm.models.gpt.shape import GPTShape, gpt_shape
 
@@ -35,14 +36,27 @@ class Source:
 
     def optimizer(self) -> OptimizerFiles:
         """Its optimizer states."""
+        if isinstance(self.layers, UniversalLayers):
+            return UniversalOptimizer(self.layers)
         return OptimizerFiles(self.layers, read=self.read)
+
+    @property
+    def dtype(self) -> str | None:
+        """fp32, bf16 or fp16: what the run computed in, as far as is known."""
+        found = self.manifest.layout.get("dtype")
+        return found if isinstance(found, str) else None
 
 
 def open_checkpoint(folder: Path) -> Source:
-    """Open a checkpoint of either kind; of its files only the descriptions are read.
+    """Open a checkpoint of any kind; of its files only the descriptions are read.
 
-    Raises: CheckpointError if it is neither, or incomplete.
+    Raises: CheckpointError if it is none, or incomplete.
     """
+    if is_universal(folder):
+        manifest, progress = read_universal_manifest(folder)
+        shape = gpt_shape(stored_model(manifest, path=folder))
+        state = read_train_state(folder) if progress is None else progress
+        return Source(folder, manifest, shape, UniversalLayers(folder, shape), read_with_stand_ins, state)
     if is_bigscience(folder):
         foreign = BigScienceCheckpoint(folder)
         manifest, read, state = foreign.manifest(), read_with_stand_ins, foreign.train_state()

@@ -7,6 +7,8 @@ import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -29,14 +31,48 @@ class InertState:
     """Stands for an object of DeepSpeed (a loss scaler) where DeepSpeed is not imported: holds its attributes alone."""
 
 
+class LossScaler(InertState):
+    """DeepSpeed's fixed scale."""
+
+
+class DynamicLossScaler(InertState):
+    """DeepSpeed's adaptive scale."""
+
+
+_NAMES_ON_DISK = {
+    FragmentAddress: "deepspeed.utils.tensor_fragment.fragment_address",
+    LossScaler: "deepspeed.runtime.fp16.loss_scaler.LossScaler",
+    DynamicLossScaler: "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
+}
+"""By whose names these classes are written, so that DeepSpeed finds its own in files that megalm converts."""
+
 INERT_STAND_INS: tuple[Allowed, ...] = (
-    FragmentAddress,
-    (FragmentAddress, "deepspeed.utils.tensor_fragment.fragment_address"),
-    (InertState, "deepspeed.runtime.fp16.loss_scaler.LossScaler"),
-    (InertState, "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler"),
+    FragmentAddress,  # what reshaped checkpoints of megalm 0.1 call it
+    *((stand_in, name) for stand_in, name in _NAMES_ON_DISK.items()),
     (int, "deepspeed.runtime.zero.config.ZeroStageEnum"),
 )
 """What DeepSpeed 0.19 pickles beside tensors and plain values, replaced by something without behaviour."""
+
+
+_PythonPickler: Any = pickle._Pickler  # Of the two, the one that can be told names
+
+
+class _Pickler(_PythonPickler):
+    """Writes each stand-in as the class of DeepSpeed that it stands for."""
+
+    def save_global(self, obj: Any, name: str | None = None) -> None:
+        known = _NAMES_ON_DISK.get(obj) if isinstance(obj, type) else None
+        if known is None:
+            super().save_global(obj, name)
+            return
+        module, _, qualified = known.rpartition(".")
+        self.write(pickle.GLOBAL + f"{module}\n{qualified}\n".encode())
+        self.memoize(obj)
+
+
+_pickling = ModuleType("pickle of stand-ins")
+"""What torch.save takes for a pickle module."""
+vars(_pickling).update(Pickler=_Pickler)
 
 
 def snapshot(state: Any, *, copy: bool) -> Any:
@@ -61,9 +97,13 @@ def write_tensors(path: Path, state: Any) -> FileRecord:
     """Create a torch file of `state`, which `snapshot` has made, durably."""
 
     def produce(file: HashingFile) -> None:
-        torch.save(state, file)  # type: ignore[arg-type]  # torch needs write() and flush() alone
+        torch.save(state, file, pickle_module=_pickling)  # type: ignore[arg-type]  # it needs write() and flush() alone
 
     return write_file(path, produce)
+
+
+ALLOWING = Lock()
+"""torch keeps what it allows in one list for the whole process, and threads read at the same time."""
 
 
 def read_tensors(path: Path, *, allowed: tuple[Allowed, ...] = INERT_STAND_INS, mmap: bool = False) -> Any:
@@ -74,7 +114,7 @@ def read_tensors(path: Path, *, allowed: tuple[Allowed, ...] = INERT_STAND_INS, 
     Raises: CheckpointError if the file is damaged, or holds anything else.
     """
     try:
-        with torch.serialization.safe_globals(list(allowed)):
+        with ALLOWING, torch.serialization.safe_globals(list(allowed)):
             # Files from before torch 1.6 are no zip archives and cannot be mapped.
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:

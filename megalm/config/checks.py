@@ -314,7 +314,7 @@ def _checkpoints(config: Config) -> Iterator[Failure]:
             yield Failure(
                 f"{set_to(config, path)} needs a folder to save to", origins(config, path), "pass --save FOLDER"
             )
-    for path in ("output.finetune", "output.reset_progress", "output.allow_fresh_start"):
+    for path in ("output.finetune", "output.reset_progress", "output.allow_fresh_start", "output.universal_checkpoint"):
         if config.get(path) and output.load is None:
             yield Failure(f"{path} needs a checkpoint to load", origins(config, path), "pass --load FOLDER")
     if output.wandb_name is not None and output.wandb_project is None:

@@ -139,9 +139,6 @@ REFUSALS = (
     ),
     # Checkpoints.
     refused(
-        "--universal-checkpoint", "DeepSpeed's universal checkpoints are not read", "load a global_stepN checkpoint"
-    ),
-    refused(
         "--use-checkpoint-args",
         "a checkpoint never changes the configuration",
         "pass --config FOLDER/global_stepN/config.yaml",

@@ -113,6 +113,7 @@ TARGETS = (
     takes("--merge-file", "data.merge_file"),
     takes("--save", "output.save"),
     takes("--load", "output.load"),
+    switch("--universal-checkpoint", "output.universal_checkpoint", True),
     takes("--save-interval", "output.save_interval"),
     takes("--keep-last", "output.keep_last"),
     takes("--keep-every", "output.keep_every"),

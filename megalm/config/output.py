@@ -13,6 +13,11 @@ class OutputConfig:
 
     save: str | None = option(None, doc="Folder that receives checkpoints.")
     load: str | None = option(None, doc="Folder whose newest valid checkpoint the run continues from.")
+    universal_checkpoint: bool = option(
+        False,
+        doc="Load the checkpoint that latest_universal names, which is in DeepSpeed's universal form. Without it such a "
+        "checkpoint is taken where the folder has no other.",
+    )
     save_interval: int | None = option(None, doc="Steps between checkpoints; only at the end when not given.")
     keep_last: int | None = option(
         None, doc="Newest checkpoints kept; all when not given. The last valid one always stays."

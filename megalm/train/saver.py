@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from megalm.checkpoint.background import BackgroundSaver
-from megalm.checkpoint.find import find_checkpoint
+from megalm.checkpoint.find import Verification, find_checkpoint
 from megalm.checkpoint.identity import read_config
 from megalm.checkpoint.load import load_checkpoint
 from megalm.checkpoint.save import SaveReport, save_checkpoint
@@ -135,14 +136,22 @@ class Saver:
         output = self.config.output
         if output.load is None:
             return TrainState()
+        costs: list[Verification] = []
         try:
-            path = find_checkpoint(output.load, world=self.topology.world, warn=self.console.warning)
+            path = find_checkpoint(
+                output.load,
+                world=self.topology.world,
+                universal=output.universal_checkpoint,
+                warn=self.console.warning,
+                verified=costs.append,
+            )
         except CheckpointError as error:
             if not output.allow_fresh_start:
                 raise
             self.console.warning(f"{error}\n  --allow-fresh-start was given: starting from step 0")
             return TrainState()
         self._compare(path)
+        started = time.monotonic()
         loaded = load_checkpoint(
             self.engine.raw,
             path,
@@ -155,7 +164,10 @@ class Saver:
             self.streams.load_state_dict(loaded.rng)
         state = _progress(loaded.state, output)
         self.saved_step = state.step if output.save is not None and output.save == output.load else -1
-        self.console.info(f"continuing from {path}: step {state.step}, {state.consumed_samples} samples consumed")
+        self.console.info(
+            f"continuing from {path}: step {state.step}, {state.consumed_samples} samples consumed; {costs[-1]}, "
+            f"loaded in {time.monotonic() - started:.2f} s"
+        )
         return state
 
     def _compare(self, path: Path) -> None:

@@ -62,7 +62,25 @@ def test_missing_short_and_linked_files_are_named(tmp_path: Path) -> None:
     assert verify(tmp_path / "c", manifest)[1].endswith("b.pt is a link")
 
 
-@pytest.mark.parametrize("name", ["../a.pt", "/etc/passwd", "x/a.pt", "", ".", "..", "a\0", "..\\a", 7, None])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../a.pt",
+        "/etc/passwd",
+        "x/a.pt",
+        "",
+        ".",
+        "..",
+        "a\0",
+        "..\\a",
+        7,
+        None,
+        "zero/../a.pt",
+        "zero/a/../../b",
+        "zero//a",
+        "zero/a/b/c.pt",
+    ],
+)
 def test_a_name_that_leaves_the_folder_is_refused(tmp_path: Path, name: Any) -> None:
     manifest = checkpoint(tmp_path / "c")
     hostile = replace(manifest, files=(replace(manifest.files[0], name=name),))

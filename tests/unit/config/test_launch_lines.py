@@ -65,7 +65,7 @@ def test_line_of_an_experiment_is_refused_with_every_remedy_in_one_error(folder:
     message = str(raised.value)
     refused = [word for word in launch_lines.EXPERIMENT.split() if word in flag_table()]
     refused = [name for name in refused if flag_table()[name].action == "refuse"]
-    assert len(refused) == 15
+    assert len(refused) == 14
     for name in refused:
         assert f"{name}" in message
         if "tokens" not in name:
