@@ -8,11 +8,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from megalm.kernels.attention.bias_cache import CausalAlibiCache, causal_mask
+from megalm.kernels.attention.bias_cache import CausalAlibiCache
+from megalm.kernels.attention.fused_projection import SplitProjection
+from megalm.kernels.attention.masks import causal_mask, square_mask
 from megalm.kernels.softmax.oracle import scale_mask_softmax
 
 
-class BaddbmmAttention:
+class BaddbmmAttention(SplitProjection):
     """An `AttentionCore`: one baddbmm for scores and bias, softmax in fp32, dropout, one bmm.
 
     The factor 1/sqrt(d) is the product's alpha, so that it acts before the sum is stored. ALiBi is exact for every
@@ -38,7 +40,7 @@ class BaddbmmAttention:
         scores = self._scores(q, k, slopes)  # [b*n, s, s]
         hidden = causal_mask(s, q.device)
         if mask is not None:
-            hidden = hidden | mask  # [b or 1, 1, s, s]
+            hidden = hidden | square_mask(mask)  # [b or 1, 1, s, s]
         weights = scale_mask_softmax(scores.view(b, n, s, s), hidden, scale=1.0).to(q.dtype)
         weights = functional.dropout(weights, p=dropout, training=training)
         return torch.bmm(weights.view(b * n, s, s), v.reshape(b * n, s, d)).view(b, n, s, d)

@@ -8,13 +8,9 @@ import torch
 from torch import Tensor
 
 from megalm.kernels.alibi import alibi_bias
+from megalm.kernels.attention.masks import causal_mask
 
 MOST_ENTRIES = 256
-
-
-def causal_mask(num_positions: int, device: torch.device) -> Tensor:
-    """True where the key comes after the query. Shapes: -> [s, s] bool."""
-    return torch.ones(num_positions, num_positions, dtype=torch.bool, device=device).triu(diagonal=1)
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,7 +15,7 @@ class AttentionCore(Protocol):
     One core serves every layer of a model: what it caches, it caches once.
 
     Shapes: q, k, v [b, n/t, s, d] -> [b, n/t, s, d] in the dtype of q; slopes [n/t] fp32 or None for no ALiBi;
-    mask bool [b or 1, 1, s, s], True = masked out, or None.
+    mask bool [b or 1, 1, s, s], True = masked out, or int [b, s], the first key that each query sees, or None.
     """
 
     def __call__(
@@ -29,3 +29,12 @@ class AttentionCore(Protocol):
         dropout: float,
         training: bool,
     ) -> Tensor: ...
+
+    def from_fused(
+        self, mixed: Tensor, *, slopes: Tensor | None, mask: Tensor | None, dropout: float, training: bool
+    ) -> Tensor:
+        """The same from a projection that has q, k and v of each head side by side, into the order that `dense` reads.
+
+        Shapes: mixed [s, b, n/t, 3, d] -> [s, b, h/t].
+        """
+        ...

@@ -7,10 +7,12 @@ import math
 from torch import Tensor
 from torch.nn import functional
 
-from megalm.kernels.attention.bias_cache import CausalAlibiCache, causal_mask
+from megalm.kernels.attention.bias_cache import CausalAlibiCache
+from megalm.kernels.attention.fused_projection import SplitProjection
+from megalm.kernels.attention.masks import causal_mask, square_mask
 
 
-class SdpaAttention:
+class SdpaAttention(SplitProjection):
     """An `AttentionCore`: torch's fused kernels, with ALiBi as an additive bias that is built once for all layers.
 
     The bias is slope * (j - i), rounded to the dtype of q because the fused kernels ask for it. In bf16 its error is
@@ -38,7 +40,7 @@ class SdpaAttention:
             return functional.scaled_dot_product_attention(
                 q, k, v, attn_mask=bias, dropout_p=dropout_p, is_causal=bias is None, scale=scale
             )
-        hidden = mask | causal_mask(q.size(2), q.device)  # [b or 1, 1, s, s]
+        hidden = square_mask(mask) | causal_mask(q.size(2), q.device)  # [b or 1, 1, s, s]
         # The kernels disagree about rows that see nothing. Such a row is shown everything and its result is dropped.
         blind = hidden.all(dim=-1, keepdim=True)  # [b or 1, 1, s, 1]
         hidden = hidden & ~blind

@@ -1,0 +1,169 @@
+"""Attention with ALiBi in one pass over the keys, by Triton kernels of megalm's own.
+
+Scores, bias and mask exist in registers alone; memory holds the outputs and one log-sum-exp per query. The kernels are
+operations of torch.library: torch.compile keeps them whole, autograd and recomputation know them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megalm.errors import KernelError
+from megalm.kernels.attention.fused_projection import split_projection
+from megalm.kernels.attention.triton_launch import Extras, empty_statistics, launch_backward, launch_forward
+
+Gradients = tuple[Tensor | None, ...]
+
+
+class TritonAttention:
+    """An `AttentionCore`: fewer heads of keys than of queries, documents and dropout, but no square masks."""
+
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        slopes: Tensor | None,
+        mask: Tensor | None,
+        dropout: float,
+        training: bool,
+    ) -> Tensor:
+        starts = _checked_starts(mask)
+        seed = _drawn_seed(q) if training and dropout > 0.0 else None
+        result: tuple[Tensor, Tensor, Tensor] = attention(q, k, v, slopes, starts, seed, dropout)
+        return result[0]
+
+    def from_fused(
+        self, mixed: Tensor, *, slopes: Tensor | None, mask: Tensor | None, dropout: float, training: bool
+    ) -> Tensor:
+        """As the protocol has it, without a copy on the way in or out, nor of the gradient."""
+        starts = _checked_starts(mask)
+        seed = _drawn_seed(mixed) if training and dropout > 0.0 else None
+        result: tuple[Tensor, Tensor, Tensor] = fused_attention(mixed, slopes, starts, seed, dropout)
+        return result[0].flatten(2)
+
+
+def _checked_starts(mask: Tensor | None) -> Tensor | None:
+    if mask is not None and mask.dim() != 2:
+        raise KernelError(
+            f"the triton attention core got a mask of shape {tuple(mask.shape)}, which holds a number for every pair\n"
+            "  give the first key that each query sees, int32 [b, s], or use --attention-kernel sdpa"
+        )
+    return None if mask is None else mask.to(torch.int32).contiguous()
+
+
+def _drawn_seed(x: Tensor) -> Tensor:
+    # From the generator that stands when the core is called, and left on the device: no synchronisation.
+    return torch.randint(2**62, (1,), dtype=torch.int64, device=x.device)
+
+
+def _new_output(q: Tensor) -> Tensor:
+    b, n, s, d = q.shape
+    return q.new_empty(s, b, n, d).permute(1, 2, 0, 3)  # -> [b, n, s, d], in the order that `dense` wants
+
+
+@torch.library.custom_op("megalm::attention", mutates_args=())
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, slopes: Tensor | None, starts: Tensor | None, seed: Tensor | None, dropout: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Outputs, log-sum-exps and bounds; `launch_forward` has the shapes. Dropout acts if there is a seed."""
+    out = _new_output(q)
+    return out, *launch_forward(q, k, v, out, Extras(slopes, starts, seed, dropout))
+
+
+@torch.library.custom_op("megalm::attention_backward", mutates_args=())
+def attention_backward(
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    first_key: Tensor,
+    slopes: Tensor | None,
+    starts: Tensor | None,
+    seed: Tensor | None,
+    dropout: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v, each in memory order [s, b, n, d]."""
+    gradients = _new_output(q), _new_output(k), _new_output(v)
+    launch_backward(do, q, k, v, out, lse, first_key, gradients, Extras(slopes, starts, seed, dropout))
+    return gradients
+
+
+@torch.library.custom_op("megalm::fused_attention", mutates_args=())
+def fused_attention(
+    mixed: Tensor, slopes: Tensor | None, starts: Tensor | None, seed: Tensor | None, dropout: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`attention` of a fused projection. Shapes: mixed [s, b, n, 3, d] -> [s, b, n, d], lse, first_key."""
+    q, k, v = split_projection(mixed)
+    out = mixed.new_empty(*mixed.shape[:3], mixed.size(4))  # [s, b, n, d]
+    return out, *launch_forward(q, k, v, out.permute(1, 2, 0, 3), Extras(slopes, starts, seed, dropout))
+
+
+@torch.library.custom_op("megalm::fused_attention_backward", mutates_args=())
+def fused_attention_backward(
+    do: Tensor,
+    mixed: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    first_key: Tensor,
+    slopes: Tensor | None,
+    starts: Tensor | None,
+    seed: Tensor | None,
+    dropout: float,
+) -> Tensor:
+    """The gradient of `mixed`, into which all three kernels write directly. Shapes: do [s, b, n, d] -> as mixed."""
+    gradient = torch.empty(mixed.shape, dtype=mixed.dtype, device=mixed.device)
+    q, k, v = split_projection(mixed)
+    dq, dk, dv = split_projection(gradient)
+    do, out = (x.permute(1, 2, 0, 3) for x in (do, out))
+    launch_backward(do, q, k, v, out, lse, first_key, (dq, dk, dv), Extras(slopes, starts, seed, dropout))
+    return gradient
+
+
+@attention.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _new_output(q), *empty_statistics(q)
+
+
+@attention_backward.register_fake
+def _(do: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _new_output(q), _new_output(k), _new_output(v)
+
+
+@fused_attention.register_fake
+def _(mixed: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return mixed.new_empty(*mixed.shape[:3], mixed.size(4)), *empty_statistics(split_projection(mixed)[0])
+
+
+@fused_attention_backward.register_fake
+def _(do: Tensor, mixed: Tensor, *rest: Any) -> Tensor:
+    return torch.empty(mixed.shape, dtype=mixed.dtype, device=mixed.device)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, ctx.dropout = inputs
+    ctx.num_inputs = len(tensors) - 3
+    ctx.save_for_backward(*tensors[:-3], *output, *tensors[-3:])
+    ctx.set_materialize_grads(False)
+
+
+def _separate_gradients(ctx: Any, do: Tensor | None, *unused: Any) -> Gradients:
+    if do is None:
+        return (None,) * 7
+    return *attention_backward(do, *ctx.saved_tensors, ctx.dropout), None, None, None, None
+
+
+def _fused_gradient(ctx: Any, do: Tensor | None, *unused: Any) -> Gradients:
+    if do is None:
+        return (None,) * 5
+    return fused_attention_backward(do, *ctx.saved_tensors, ctx.dropout), None, None, None, None
+
+
+attention.register_autograd(_separate_gradients, setup_context=_keep)
+fused_attention.register_autograd(_fused_gradient, setup_context=_keep)

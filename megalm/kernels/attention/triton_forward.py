@@ -1,0 +1,234 @@
+"""Forward kernels of the Triton attention core.
+
+Letters: b batch, n heads of queries, s positions, d head size, D the power of two that holds d. Exponents are kept in
+base 2: `scale2` is log2(e) / sqrt(d) and `slope2` is slope * log2(e).
+
+A program owns BLOCK_Q queries of one head. It visits the blocks of keys on the diagonal, which need the causal mask,
+then the blocks before them, which need none. ALiBi's bias is formed in registers: on the diagonal as
+slope * (key - query), before it as slope * (key - last key of the block) per key and
+slope * (last key of the block - query) per query, so that no term is larger than the bias itself.
+
+With ALiBi a block far enough back cannot matter. A score is at most |q| * max |k| / sqrt(d), the row's maximum is at
+least the one on the diagonal, and the bias falls by the slope with every key. Keys whose weights sum to less than
+2^-24 of the row's largest weight, half a unit in the last place of fp32, are not visited if whole blocks of them are
+like that for all queries of the program. `first_key` hands the bound to the backward pass.
+"""
+
+from __future__ import annotations
+
+from megalm.kernels.triton_language import jit, tl
+
+
+@jit
+def key_norms(
+    k: tl.tensor,
+    norms: tl.tensor,
+    stride_b: tl.tensor,
+    stride_n: tl.tensor,
+    stride_s: tl.tensor,
+    num_heads: tl.tensor,
+    num_positions: tl.tensor,
+    head_size: tl.tensor,
+    BLOCK: tl.constexpr,
+    D: tl.constexpr,
+) -> None:
+    """The largest |k|^2 of each block. Shapes: k [b, n, s, d] -> norms [b, n, blocks] fp32."""
+    batch_head = tl.program_id(0).to(tl.int64)
+    rows = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    columns = tl.arange(0, D)
+    base = k + (batch_head // num_heads) * stride_b + (batch_head % num_heads) * stride_n
+    offsets = rows.to(tl.int64)[:, None] * stride_s + columns[None, :]
+    inside = (rows < num_positions)[:, None] & (columns < head_size)[None, :]
+    values = tl.load(base + offsets, mask=inside, other=0.0).to(tl.float32)
+    largest = tl.max(tl.sum(values * values, axis=1), axis=0)
+    tl.store(norms + batch_head * tl.num_programs(1) + tl.program_id(1), largest)
+
+
+@jit
+def kept_weights(
+    seed: tl.tensor, head_index: tl.tensor, queries: tl.tensor, keys: tl.tensor, threshold: tl.tensor
+) -> tl.tensor:
+    """True for the weights that dropout keeps: 31 bits of Philox at (key, query, head) are not below `threshold`.
+
+    A function of the position alone, so that the backward pass draws the mask of the forward pass in any order.
+    """
+    c0 = keys + queries * 0
+    c1 = queries + keys * 0
+    c2 = c0 * 0 + head_index
+    bits, _, _, _ = tl.philox(seed, c0, c1, c2, c0 * 0, 7)
+    return (bits >> 1).to(tl.int32) >= threshold
+
+
+@jit
+def _first_key(
+    q: tl.tensor,
+    peak: tl.tensor,
+    rows: tl.tensor,
+    slope2: tl.tensor,
+    scale2: tl.tensor,
+    norms: tl.tensor,
+    num_norms: tl.tensor,
+    num_positions: tl.tensor,
+) -> tl.tensor:
+    """The first key that any of the rows can see with a weight that counts."""
+    largest = 0.0
+    for start in range(0, num_norms, 128):
+        index = start + tl.arange(0, 128)
+        largest = tl.maximum(largest, tl.max(tl.load(norms + index, mask=index < num_norms, other=0.0), axis=0))
+    wide = q.to(tl.float32)
+    # Both norms are rounded: one part in a thousand is more than that can be.
+    bound = tl.sqrt(tl.sum(wide * wide, axis=1) * largest) * scale2 * 1.001
+    steep = tl.maximum(slope2, 1e-30)
+    # The weights of all keys beyond a distance form a geometric series of ratio 2^-slope2.
+    threshold = 24.0 + tl.log2(1.0 + 1.4427 / steep)
+    distance = (bound + threshold - peak) / steep + 1.0
+    first = tl.where((rows < num_positions) & (peak > float("-inf")), rows.to(tl.float32) - distance, 3e38)
+    earliest = tl.min(first, axis=0)
+    return tl.where(slope2 > 0.0, tl.maximum(tl.minimum(earliest, 1e9), 0.0), 0.0).to(tl.int32)
+
+
+@jit
+def _visit(
+    acc: tl.tensor,
+    peak: tl.tensor,
+    total: tl.tensor,
+    q: tl.tensor,
+    k_desc: tl.tensor,
+    v_desc: tl.tensor,
+    batch: tl.tensor,
+    kv_head: tl.tensor,
+    begin: tl.tensor,
+    end: tl.tensor,
+    rows: tl.tensor,
+    starts: tl.tensor,
+    slope2: tl.tensor,
+    scale2: tl.tensor,
+    seed: tl.tensor,
+    head_index: tl.tensor,
+    threshold: tl.tensor,
+    BLOCK_K: tl.constexpr,
+    D: tl.constexpr,
+    DIAGONAL: tl.constexpr,
+    ALIBI: tl.constexpr,
+    STARTS: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+) -> tl.tensor:
+    """Online softmax over the blocks of keys from `begin` to `end`. Source: Dao 2023, arXiv:2307.08691."""
+    columns = tl.arange(0, BLOCK_K)
+    for start in tl.range(begin, end, BLOCK_K):
+        k = k_desc.load([batch, kv_head, start, 0]).reshape(BLOCK_K, D)
+        t = tl.dot(q, k.T, input_precision=PRECISION) * scale2
+        keys = start + columns
+        row_bias = tl.zeros_like(peak)
+        if ALIBI:
+            if DIAGONAL:
+                t += slope2 * (keys[None, :] - rows[:, None]).to(tl.float32)
+            else:
+                t += (slope2 * (columns - (BLOCK_K - 1)).to(tl.float32))[None, :]
+                row_bias = slope2 * (start + (BLOCK_K - 1) - rows).to(tl.float32)
+        if DIAGONAL:
+            t = tl.where(keys[None, :] <= rows[:, None], t, float("-inf"))
+        if STARTS:
+            t = tl.where(keys[None, :] >= starts[:, None], t, float("-inf"))
+        higher = tl.maximum(peak, tl.max(t, axis=1) + row_bias)
+        finite = higher
+        if STARTS:
+            finite = tl.where(higher == float("-inf"), 0.0, higher)
+        p = tl.exp2(t - (finite - row_bias)[:, None])
+        alpha = tl.exp2(peak - finite)
+        total = total * alpha + tl.sum(p, axis=1)
+        acc = acc * alpha[:, None]
+        if DROPOUT:
+            p = tl.where(kept_weights(seed, head_index, rows[:, None], keys[None, :], threshold), p, 0.0)
+        v = v_desc.load([batch, kv_head, start, 0]).reshape(BLOCK_K, D)
+        acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
+        peak = higher
+    return acc, peak, total
+
+
+@jit
+def attention_forward(
+    q_desc: tl.tensor,
+    k_desc: tl.tensor,
+    v_desc: tl.tensor,
+    out: tl.tensor,
+    lse: tl.tensor,
+    first_key: tl.tensor,
+    slopes: tl.tensor,
+    starts: tl.tensor,
+    norms: tl.tensor,
+    seed: tl.tensor,
+    out_stride_b: tl.tensor,
+    out_stride_n: tl.tensor,
+    out_stride_s: tl.tensor,
+    num_heads: tl.tensor,
+    num_positions: tl.tensor,
+    num_norms: tl.tensor,
+    scale2: tl.tensor,
+    threshold: tl.tensor,
+    keep: tl.tensor,
+    GROUP: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    ALIBI: tl.constexpr,
+    STARTS: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+) -> None:
+    """Outputs and log-sum-exps of BLOCK_Q queries of one head; the long rows of all heads are started first.
+
+    Shapes: q [b, n, s, d], k, v [b, n/GROUP, s, d] -> out [b, n, s, d], lse [b, n, s] fp32 in base 2,
+        first_key [b, n, blocks of BLOCK_Q] int32. slopes [n] fp32, starts [b, s] int32, norms as `key_norms` has them.
+    """
+    batch_head = tl.program_id(0)
+    block = tl.num_programs(1) - 1 - tl.program_id(1)
+    batch = batch_head // num_heads
+    head = batch_head % num_heads
+    kv_head = head // GROUP
+    first_row = block * BLOCK_Q
+    rows = first_row + tl.arange(0, BLOCK_Q)
+    inside = rows < num_positions
+    slope2 = 0.0
+    if ALIBI:
+        slope2 = tl.load(slopes + head) * 1.4426950408889634
+    begins = rows * 0
+    if STARTS:
+        begins = tl.load(starts + batch.to(tl.int64) * num_positions + rows, mask=inside, other=2147483647)
+    drop_seed = 0
+    if DROPOUT:
+        drop_seed = tl.load(seed)
+
+    q = q_desc.load([batch, head, first_row, 0]).reshape(BLOCK_Q, D)
+    acc = tl.zeros([BLOCK_Q, D], dtype=tl.float32)
+    peak = tl.full([BLOCK_Q], float("-inf"), dtype=tl.float32)
+    total = tl.zeros([BLOCK_Q], dtype=tl.float32)
+    end = tl.minimum(first_row + BLOCK_Q, num_positions)
+    acc, peak, total = _visit(
+        acc, peak, total, q, k_desc, v_desc, batch, kv_head, first_row, end, rows, begins, slope2, scale2, drop_seed,
+        batch_head, threshold, BLOCK_K, D, True, ALIBI, STARTS, DROPOUT, PRECISION,
+    )  # fmt: skip
+    low = 0
+    if ALIBI:
+        kv_index = batch * (num_heads // GROUP) + kv_head
+        low = _first_key(q, peak, rows, slope2, scale2, norms + kv_index * num_norms, num_norms, num_positions)
+    if STARTS:
+        low = tl.maximum(low, tl.min(begins, axis=0))
+    low = tl.minimum(low, first_row) // BLOCK_K * BLOCK_K
+    tl.store(first_key + batch_head * tl.num_programs(1) + block, low)
+    acc, peak, total = _visit(
+        acc, peak, total, q, k_desc, v_desc, batch, kv_head, low, first_row, rows, begins, slope2, scale2, drop_seed,
+        batch_head, threshold, BLOCK_K, D, False, ALIBI, STARTS, DROPOUT, PRECISION,
+    )  # fmt: skip
+
+    # A query that sees nothing gives zeros, and has no weights in the backward pass.
+    seen = tl.where(total > 0.0, total, 1.0)
+    row_lse = tl.where(total > 0.0, peak + tl.log2(seen), float("inf"))
+    tl.store(lse + batch_head.to(tl.int64) * num_positions + rows, row_lse, mask=inside)
+    acc = acc / (seen * keep)[:, None]
+    columns = tl.arange(0, D)
+    base = out + batch.to(tl.int64) * out_stride_b + head.to(tl.int64) * out_stride_n
+    offsets = rows.to(tl.int64)[:, None] * out_stride_s + columns[None, :]
+    tl.store(base + offsets, acc.to(out.dtype.element_ty), mask=inside[:, None] & (columns < HEAD_SIZE)[None, :])

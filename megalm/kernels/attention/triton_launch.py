@@ -1,0 +1,203 @@
+"""Launches of the Triton attention kernels: block sizes, tensor descriptors, grids."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megalm.kernels.attention import triton_backward, triton_forward
+from megalm.kernels.triton_language import ceil_div, next_power_of_two
+
+NORM_BLOCK = 128
+"""Keys whose largest norm is one number of `key_norms`."""
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """How one kernel is cut: queries and keys of a step, warps of a program, steps in flight."""
+
+    queries: int
+    keys: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True)
+class Cut:
+    """The blocks of the three kernels. Blocks of queries of the backward pass divide the forward pass's."""
+
+    forward: Blocks
+    query_gradient: Blocks
+    key_value_gradient: Blocks
+
+
+# Fixed rather than timed at run time: another cut sums in another order, and runs must repeat to the last bit.
+# Chosen by the compiler's report for sm_90: no spilled registers, no serialised products; docs/log.md has the figures.
+_HALF_64 = Cut(Blocks(128, 128, 8, 3), Blocks(128, 64, 8, 3), Blocks(64, 128, 8, 3))
+_HALF_128 = Cut(Blocks(128, 128, 8, 2), Blocks(128, 64, 8, 3), Blocks(64, 128, 8, 2))
+_HALF_256 = Cut(Blocks(64, 64, 4, 2), Blocks(64, 32, 4, 2), Blocks(32, 64, 4, 2))
+_FP32 = Cut(Blocks(64, 32, 4, 2), Blocks(64, 32, 4, 1), Blocks(32, 32, 4, 1))
+
+
+@dataclass(frozen=True)
+class Extras:
+    """What may be added to plain causal attention.
+
+    Shapes: slopes [n] fp32, starts [b, s] int32, seed [1] int64 on the device of q.
+    """
+
+    slopes: Tensor | None = None
+    starts: Tensor | None = None
+    seed: Tensor | None = None
+    dropout: float = 0.0
+
+    @property
+    def threshold(self) -> int:
+        """Weights whose 31 random bits are below it are dropped."""
+        return 0 if self.seed is None else min(int(self.dropout * 2**31), 2**31 - 1)
+
+    @property
+    def keep(self) -> float:
+        """Fraction of the weights that is kept."""
+        return 1.0 - self.threshold / 2**31
+
+    def flags(self) -> dict[str, bool]:
+        """What the kernels are specialised for."""
+        present = self.slopes, self.starts, self.seed
+        return dict(zip(("ALIBI", "STARTS", "DROPOUT"), (x is not None for x in present), strict=True))
+
+
+def padded_head_size(head_size: int) -> int:
+    """The power of two that holds a head, at least the 16 that a matrix product takes."""
+    return max(16, next_power_of_two(head_size))
+
+
+def cut_for(head_size: int, dtype: torch.dtype) -> Cut:
+    """The blocks for heads of this size and type."""
+    if dtype.itemsize > 2:
+        return _FP32
+    padded = padded_head_size(head_size)
+    return _HALF_64 if padded <= 64 else _HALF_128 if padded <= 128 else _HALF_256
+
+
+def empty_statistics(q: Tensor) -> tuple[Tensor, Tensor]:
+    """What the forward pass leaves for the backward pass besides its outputs.
+
+    Shapes: q [b, n, s, d] -> lse [b, n, s] fp32 in base 2, first_key [b, n, blocks of queries] int32.
+    """
+    b, n, s, d = q.shape
+    num_blocks = ceil_div(s, cut_for(d, q.dtype).forward.queries)
+    return q.new_empty(b, n, s, dtype=torch.float32), q.new_empty(b, n, num_blocks, dtype=torch.int32)
+
+
+def launch_forward(q: Tensor, k: Tensor, v: Tensor, out: Tensor, extras: Extras) -> tuple[Tensor, Tensor]:
+    """Fill `out`; returns `empty_statistics`, filled. Shapes: q, out [b, n, s, d], k, v [b, n/g, s, d]."""
+    b, n, s, d = q.shape
+    blocks = cut_for(d, q.dtype).forward
+    lse, first_key = empty_statistics(q)
+    if q.numel() == 0:
+        return lse, first_key
+    q, k, v = aligned(q), aligned(k), aligned(v)
+    with _on(q.device):
+        norms = _key_norms(k) if extras.slopes is not None else None
+        triton_forward.attention_forward[(b * n, first_key.size(2))](
+            _descriptor(q, blocks.queries), _descriptor(k, blocks.keys), _descriptor(v, blocks.keys),
+            out, lse, first_key, extras.slopes, extras.starts, norms, extras.seed, *out.stride()[:3],
+            n, s, 0 if norms is None else norms.size(2), _scale(d) * math.log2(math.e), extras.threshold, extras.keep,
+            GROUP=n // k.size(1), **_constants(q, blocks), **extras.flags(), **_options(blocks),
+        )  # fmt: skip
+    return lse, first_key
+
+
+def launch_backward(
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    first_key: Tensor,
+    gradients: tuple[Tensor, Tensor, Tensor],
+    extras: Extras,
+) -> None:
+    """Fill the gradients of q, k and v. Shapes: as `launch_forward`; do as out, gradients as q, k, v."""
+    b, n, s, d = q.shape
+    if q.numel() == 0:
+        for gradient in gradients:
+            gradient.zero_()
+        return
+    dq, dk, dv = gradients
+    do, q, k, v, out = (aligned(x) for x in (do, q, k, v, out))
+    cut = cut_for(d, q.dtype)
+    delta = torch.empty_like(lse)
+    group = n // k.size(1)
+    shared = {"GROUP": group, "BOUND_BLOCK": cut.forward.queries, **extras.flags()}
+    optional = extras.slopes, extras.starts, extras.seed
+    numbers = s, first_key.size(2), _scale(d), extras.threshold, extras.keep
+    with _on(q.device):
+        blocks = cut.query_gradient
+        triton_backward.query_gradient[(b * n, ceil_div(s, blocks.queries))](
+            _descriptor(q, blocks.queries), _descriptor(k, blocks.keys), _descriptor(v, blocks.keys),
+            _descriptor(do, blocks.queries), _descriptor(out, blocks.queries), dq, lse, delta, first_key,
+            *optional, *dq.stride()[:3], n, *numbers, **shared, **_constants(q, blocks), **_options(blocks),
+        )  # fmt: skip
+        blocks = cut.key_value_gradient
+        triton_backward.key_value_gradient[(b * n // group, ceil_div(s, blocks.keys))](
+            _descriptor(q, blocks.queries), _descriptor(k, blocks.keys), _descriptor(v, blocks.keys),
+            _descriptor(do, blocks.queries), dk, dv, lse, delta, first_key,
+            *optional, *dk.stride()[:3], *dv.stride()[:3], n // group, *numbers,
+            **shared, **_constants(q, blocks), **_options(blocks),
+        )  # fmt: skip
+
+
+def aligned(x: Tensor) -> Tensor:
+    """`x`, or a copy where the tensor memory accelerator could not read it: it asks for strides of 16 bytes."""
+    unit = 16 // x.element_size()
+    usable = x.stride(-1) == 1 and x.data_ptr() % 16 == 0
+    if usable and all(stride > 0 and stride % unit == 0 for stride in x.stride()[:-1]):
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+def _key_norms(k: Tensor) -> Tensor:
+    b, n, s, d = k.shape
+    norms = torch.empty(b, n, ceil_div(s, NORM_BLOCK), dtype=torch.float32, device=k.device)
+    triton_forward.key_norms[(b * n, norms.size(2))](
+        k, norms, *k.stride()[:3], n, s, d, BLOCK=NORM_BLOCK, D=padded_head_size(d), num_warps=8
+    )
+    return norms
+
+
+def _descriptor(x: Tensor, rows: int) -> Any:
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, rows, padded_head_size(x.size(-1))])
+
+
+def _constants(q: Tensor, blocks: Blocks) -> dict[str, Any]:
+    head_size = q.size(-1)
+    return {
+        "HEAD_SIZE": head_size,
+        "D": padded_head_size(head_size),
+        "BLOCK_Q": blocks.queries,
+        "BLOCK_K": blocks.keys,
+        "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",
+    }
+
+
+def _options(blocks: Blocks) -> dict[str, int]:
+    return {"num_warps": blocks.warps, "num_stages": blocks.stages}
+
+
+def _scale(head_size: int) -> float:
+    return 1.0 / math.sqrt(head_size)
+
+
+def _on(device: torch.device) -> AbstractContextManager[Any]:
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
