@@ -113,9 +113,7 @@ def leave(exit_code: int) -> NoReturn:
     without an active exception") in place of its exit code. What the interpreter would do for us comes first: other
     threads finish, exit handlers run, and output is written.
     """
-    for thread in threading.enumerate():
-        if thread is not threading.current_thread() and not thread.daemon:
-            thread.join()
+    threading._shutdown()  # type: ignore[attr-defined]  # idle threads of pools wait for this call, joining hangs
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
         try:

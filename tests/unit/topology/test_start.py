@@ -34,7 +34,7 @@ def test_a_rank_that_is_no_number_is_refused() -> None:
 
 
 LEAVING = """
-import atexit, sys, threading, time
+import atexit, concurrent.futures, sys, threading, time
 from megalm.topology.start import leave
 
 class EndOfTheInterpreter:
@@ -43,6 +43,8 @@ class EndOfTheInterpreter:
 
 kept_until_the_end = EndOfTheInterpreter()
 atexit.register(print, "exit handler")
+pool = concurrent.futures.ThreadPoolExecutor(1)
+pool.submit(int).result()  # its thread waits for more, as those that read batches ahead do
 threading.Thread(target=lambda: (time.sleep(0.2), print("thread finished"))).start()
 sys.stderr.write("no newline at the end")
 leave(75)
