@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from megalm.kernels.dropout_add import bias_dropout_add
+from megalm.kernels.dropout_add.oracle import bias_dropout_add
 from megalm.models.blocks.arrangement import BlockShape, Kernels, Spread
 from megalm.models.blocks.attention import ParallelAttention
 from megalm.models.blocks.mlp import ParallelMLP

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from megalm.kernels.dropout_add import bias_dropout_add, dropout_add
+from megalm.kernels.dropout_add.oracle import bias_dropout_add, dropout_add
 
 
 def example() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
