@@ -109,6 +109,8 @@ def check_same_model(manifest: Manifest, config: Config, *, path: Path) -> None:
         if name not in _NOT_THE_MODEL and manifest.model.get(name) != value
     ]
     rows, needed = config.model.padded_vocab_size, manifest.model.get("vocab_size")
+    if not isinstance(needed, int):
+        needed = manifest.model.get("pad_vocab_size_to")  # Which of its rows are padding is not known.
     if isinstance(needed, int) and rows < needed:
         differences.append(f"  model.pad_vocab_size_to: {needed} ids in the checkpoint, {rows} rows in this run")
     if differences:

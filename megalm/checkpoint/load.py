@@ -61,7 +61,7 @@ def load_checkpoint(
     drift: dict[str, float] = {}
     try:
         optimizer = source.optimizer() if load_optimizer and not weights_only else None
-        restorer = Restorer(engine, source.layers, optimizer, tp=topology.tp)
+        restorer = Restorer(engine, source.layers, optimizer, tp=topology.tp, seed=config.training.seed)
         with restoring(engine):
             restorer.restore()
         drift = source.layers.drift

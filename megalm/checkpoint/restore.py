@@ -15,7 +15,8 @@ from megalm.checkpoint.optimizer_files import MASTER, MOMENTS, OptimizerFiles
 from megalm.checkpoint.split import shard
 from megalm.errors import CheckpointError
 from megalm.models.gpt.shape import GPTShape
-from megalm.models.gpt.weights import Weight, named_in_model, named_in_pipeline, weight_table
+from megalm.models.gpt.weights import Weight, initial_rule, named_in_model, named_in_pipeline, weight_table
+from megalm.parallel.initialise import Constant, drawn_rows
 from megalm.topology.group import Group
 
 
@@ -35,8 +36,11 @@ class Restorer:
     the bytes that it keeps.
     """
 
-    def __init__(self, engine: Any, layers: LayerFiles, optimizer: OptimizerFiles | None, *, tp: Group) -> None:
+    def __init__(
+        self, engine: Any, layers: LayerFiles, optimizer: OptimizerFiles | None, *, tp: Group, seed: int
+    ) -> None:
         self._engine = engine
+        self._seed = seed
         self._tp = tp
         self._layers = layers
         self._source = {weight.name: weight for weight in weight_table(layers.shape)}
@@ -62,7 +66,7 @@ class Restorer:
         own_shape = list(weight.shape)
         if weight.partition_dim is not None:
             own_shape[weight.partition_dim] //= self._tp.size
-        value = self._value(stored, weight, own_shape, parameter)
+        value = self._value(stored, weight, parameter)
         if not isinstance(state, ShardedState):
             parameter.copy_(value.view(own_shape))
         owned = state.owned(parameter)
@@ -96,25 +100,31 @@ class Restorer:
         same_size = stored.partition_dim is None or self._tp.size == self._layers.tp_size
         return same_size and stored.shape == weight.shape
 
-    def _value(self, stored: Weight, weight: Weight, own_shape: list[int], parameter: nn.Parameter) -> Tensor:
+    def _value(self, stored: Weight, weight: Weight, parameter: nn.Parameter) -> Tensor:
         """This rank's part of the weight in the best precision that the checkpoint has."""
         index, shards = self._layer
         if index != stored.layer:
             shards = self._layers.read_layer(stored.layer)
             self._layer = (stored.layer, shards)
-        if self._same_shards(stored, weight) and stored.partition_dim is not None:
+        own = self._same_shards(stored, weight) and stored.partition_dim is not None
+        if own:
             value = self._layers.part(stored, shards[self._tp.rank], self._tp.rank)
         else:
-            whole = self._fitted(self._layers.merge(stored, shards), stored, weight, parameter, MASTER)
-            value = shard(weight, whole, tp_rank=self._tp.rank, tp_size=self._tp.size)
+            value = self._layers.merge(stored, shards)
         wider = value.dtype != torch.float32 and parameter.dtype != value.dtype
         if wider and self._files is not None and MASTER in self._files.state(stored, 0).pieces:
-            whole = self._fitted(self._files.whole(stored, MASTER), stored, weight, parameter, MASTER)
-            value = shard(weight, whole, tp_rank=self._tp.rank, tp_size=self._tp.size)
-        return value
+            own, value = False, self._files.whole(stored, MASTER)
+        if own:
+            return value
+        whole = self._fitted(value, stored, weight, parameter, MASTER)
+        return shard(weight, whole, tp_rank=self._tp.rank, tp_size=self._tp.size)
 
     def _fitted(self, whole: Tensor, stored: Weight, weight: Weight, parameter: nn.Parameter, key: str) -> Tensor:
-        """A whole tensor with the rows of this run's vocabulary padding: fewer, or more that are zero."""
+        """A whole tensor with the rows of this run's vocabulary padding: fewer, or more.
+
+        Added rows of the weight are those that a fresh run of this seed and padding starts with, the same in the weight
+        and its fp32 master; their moments are zero.
+        """
         if stored.shape == weight.shape:
             return whole
         rows = weight.shape[0]
@@ -124,7 +134,19 @@ class Restorer:
             )
         if rows <= whole.size(0):
             return whole[:rows]
-        return torch.cat([whole, whole.new_zeros(rows - whole.size(0), *whole.shape[1:])])
+        if key != MASTER:
+            return torch.cat([whole, whole.new_zeros(rows - whole.size(0), *whole.shape[1:])])
+        drawn = self._drawn(weight, range(whole.size(0), rows)).to(parameter.dtype)
+        return torch.cat([whole.float(), drawn.float()])
+
+    def _drawn(self, weight: Weight, rows: range) -> Tensor:
+        """Initial values of some rows of a weight, fp32."""
+        rule = initial_rule(self._engine.module.plan.shape, weight.name)
+        if isinstance(rule, Constant):
+            return torch.full((len(rows), *weight.shape[1:]), rule.value)
+        total = (weight.shape[0], weight.numel // weight.shape[0])
+        blocks = drawn_rows(weight.name, rows, total=total, seed=self._seed, std=rule.std)
+        return torch.cat([block for _, block in blocks]).view(len(rows), *weight.shape[1:])
 
     def _restore_loss_scaler(self, files: OptimizerFiles) -> None:
         stored = files.loss_scaler()

@@ -123,8 +123,9 @@ def read_universal_manifest(folder: Path) -> tuple[Manifest, dict[str, Any] | No
     if isinstance(stored, dict):
         try:
             sizes = {**stored["layout"], "origin": ORIGIN}
-            parts = {"layout": sizes, "model": dict(stored["model"]), "versions": dict(stored["versions"])}
-            manifest, progress = Manifest(step=int(stored["step"]), **parts), dict(stored["train_state"])
+            model, found = dict(stored["model"]), dict(stored["versions"])
+            manifest = Manifest(step=int(stored["step"]), layout=sizes, model=model, versions=found)
+            progress = dict(stored["train_state"])
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{path} does not describe its checkpoint: {error}") from error
     elif isinstance(state, dict) and isinstance(state.get("args"), InertState):

@@ -6,7 +6,7 @@ part. So any tp, pp, dp starts from the same model, and a rank holds at most one
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -59,16 +59,25 @@ def _draw(name: str, parameter: nn.Parameter, *, seed: int, tp: Group, std: floa
     rows, columns = ours.shape
     first_row = tp.rank * rows if dim == 0 else 0
     num_columns = columns * tp.size if dim == 1 else columns
-    block_rows = max(1, BLOCK_ELEMENTS // num_columns)
+    wanted = range(first_row, first_row + rows)
     total_rows = rows * tp.size if dim == 0 else rows
-    for block in range(first_row // block_rows, (first_row + rows - 1) // block_rows + 1):
-        start = block * block_rows
-        drawn = _block(min(block_rows, total_rows - start), num_columns, derived_seed(seed, name, block), std)
-        low, high = max(start, first_row), min(start + drawn.size(0), first_row + rows)
-        kept = drawn[low - start : high - start]
+    for low, kept in drawn_rows(name, wanted, total=(total_rows, num_columns), seed=seed, std=std):
         if dim == 1:
             kept = kept.narrow(1, tp.rank * columns, columns)
-        ours[low - first_row : high - first_row].copy_(kept)
+        ours[low - first_row : low - first_row + kept.size(0)].copy_(kept)
+
+
+def drawn_rows(
+    name: str, wanted: range, *, total: tuple[int, int], seed: int, std: float
+) -> Iterator[tuple[int, Tensor]]:
+    """The initial values of some rows of a weight whose shape is `total`: (first row, values), a block at a time."""
+    total_rows, num_columns = total
+    block_rows = max(1, BLOCK_ELEMENTS // num_columns)
+    for block in range(wanted.start // block_rows, (wanted.stop - 1) // block_rows + 1):
+        start = block * block_rows
+        drawn = _block(min(block_rows, total_rows - start), num_columns, derived_seed(seed, name, block), std)
+        low, high = max(start, wanted.start), min(start + drawn.size(0), wanted.stop)
+        yield low, drawn[low - start : high - start]
 
 
 def _block(rows: int, columns: int, seed: int, std: float) -> Tensor:
