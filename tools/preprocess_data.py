@@ -6,30 +6,71 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megalm.errors import DataError, MegalmError
+from megalm.data.preprocess_flags import add_foreign_flags, notices, stored_vocab_size, tokenizer_type
+from megalm.errors import ConfigError, DataError, MegalmError
 
-TOKENIZER_TYPES = {
-    "pretrainedfromhf": "PretrainedFromHF",
-    "huggingfacetokenizer": "PretrainedFromHF",
-    "gpt2bpetokenizer": "GPT2BPETokenizer",
-    "sentencepiecetokenizer": "SentencePieceTokenizer",
-    "nulltokenizer": "NullTokenizer",
-}
+if TYPE_CHECKING:
+    from megalm.data.partition import Partition
+    from megalm.data.preprocess import Job
+    from megalm.data.sentences import SentenceSplitter
+    from megalm.tokenizers.protocol import Tokenizer
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line; names follow BigScience's and Megatron's tools."""
     result = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     group = result.add_argument_group("input")
-    group.add_argument("--input", nargs="+", required=True, help="files, folders or patterns: .jsonl, .json, .txt; .gz")
-    group.add_argument("--json-keys", nargs="+", default=["text"], help="keys to tokenize, a corpus each (text)")
+    group.add_argument(
+        "--input",
+        nargs="+",
+        required=True,
+        help="files, folders or patterns: .jsonl, .json, .txt, each also with .gz or .zst; .parquet",
+    )
+    group.add_argument(
+        "--json-keys",
+        "--content-keys",
+        dest="json_keys",
+        nargs="+",
+        default=["text"],
+        help="keys or columns to tokenize, a corpus each (text)",
+    )
     group.add_argument(
         "--on-bad-line", choices=("error", "skip"), default="error", help="stop, or count and list (error)"
     )
     group.add_argument("--max-line-bytes", type=int, default=1 << 30, help="longest line that is a document (2^30)")
+    group.add_argument("--split-sentences", action="store_true", help="a sequence for each sentence of a document")
+    group.add_argument(
+        "--sentence-splitter",
+        choices=("punkt", "rules"),
+        default="punkt",
+        help="nltk's punkt, which must be installed, or rules that need nothing (punkt)",
+    )
+    group.add_argument("--keep-newlines", action="store_true", help="keep the white space after a sentence with it")
+    group.add_argument("--lang", default="english", help="language of the sentences (english)")
+    add_tokenizer_flags(result)
+    group = result.add_argument_group("output")
+    group.add_argument("--output-prefix", required=True, help="path before _KEY_document")
+    group.add_argument("--overwrite", action="store_true", help="replace a corpus of that name")
+    group.add_argument("--resume", action="store_true", help="go on where a killed run stopped")
+    group.add_argument("--dataset-impl", default="mmap", help="the one format there is: mmap")
+    group = result.add_argument_group("work")
+    group.add_argument("--workers", type=int, default=1, help="processes that tokenize (1)")
+    group.add_argument("--partitions", type=int, default=1, help="parts that the input is cut into, for machines (1)")
+    group.add_argument(
+        "--partition", type=int, help="part to tokenize here, from 0, into PREFIX_PARTITION; all when not given"
+    )
+    group.add_argument("--block-bytes", type=int, default=1 << 20, help="text of one task (2^20)")
+    group.add_argument("--log-interval", type=int, help="documents between progress lines; every 5 s when not given")
+    add_foreign_flags(result)
+    return result
+
+
+def add_tokenizer_flags(result: argparse.ArgumentParser) -> None:
+    """Which tokenizer, and how its ids are stored."""
     group = result.add_argument_group("tokenizer")
     group.add_argument(
         "--tokenizer-type", default="PretrainedFromHF", help="PretrainedFromHF (default), GPT2BPETokenizer, ..."
@@ -40,16 +81,11 @@ def parser() -> argparse.ArgumentParser:
     group.add_argument("--vocab-size", type=int, help="NullTokenizer: number of ids")
     group.add_argument("--append-eod", action="store_true", help="end every document with the end-of-document token")
     group.add_argument("--encoder", choices=("auto", "exact"), default="auto", help="exact never uses tiktoken (auto)")
-    group = result.add_argument_group("output")
-    group.add_argument("--output-prefix", required=True, help="path before _KEY_document")
-    group.add_argument("--overwrite", action="store_true", help="replace a corpus of that name")
-    group.add_argument("--resume", action="store_true", help="go on where a killed run stopped")
-    group.add_argument("--dataset-impl", choices=("mmap",), default="mmap", help="the one format there is")
-    group = result.add_argument_group("work")
-    group.add_argument("--workers", type=int, default=1, help="processes that tokenize (1)")
-    group.add_argument("--block-bytes", "--chunk-size", type=int, default=1 << 20, help="text of one task (2^20)")
-    group.add_argument("--log-interval", type=int, help="documents between progress lines; every 5 s when not given")
-    return result
+    group.add_argument(
+        "--make-vocab-size-divisible-by", type=int, help="choose the width of ids for the vocabulary padded to this"
+    )
+    group.add_argument("--pad-vocab-size-to", type=int, help="choose the width of ids for a vocabulary of this size")
+    group.add_argument("--padded-vocab-size", type=int, help="the same, Megatron's name")
 
 
 def run(options: argparse.Namespace) -> None:
@@ -58,14 +94,90 @@ def run(options: argparse.Namespace) -> None:
     from megalm.data.indexed import best_dtype
     from megalm.data.inputs import find_sources
     from megalm.data.peek import first_texts
-    from megalm.data.preprocess import Job, preprocess
-    from megalm.data.progress_line import ProgressLine, describe
-    from megalm.tokenizers.build import open_tokenizer
+    from megalm.data.preprocess import Job
     from megalm.tokenizers.fast import choose_encoder
 
-    if options.workers < 0 or options.block_bytes < 1:
-        raise DataError(f"--workers {options.workers} and --block-bytes {options.block_bytes} must not be negative")
-    kind = TOKENIZER_TYPES.get(options.tokenizer_type.lower(), options.tokenizer_type)
+    for notice in notices(options):
+        say(notice)
+    partition = part_of(options)
+    tokenizer, kind = read_tokenizer(options)
+    splitter = sentence_splitter(options)
+    sources = find_sources(options.input)
+    keys = tuple(options.json_keys)
+    encoder = choose_encoder(tokenizer, first_texts(sources, keys), requested=options.encoder)
+    say(f"{tokenizer.name}, {tokenizer.vocab_size} ids; encoder {encoder.engine}: {encoder.reason}")
+    about: dict[str, Any] = {
+        "tokenizer": {"type": kind, "digest": tokenizer.digest, "vocab_size": tokenizer.vocab_size},
+        "append_eod": options.append_eod,
+    }
+    if splitter is not None:
+        about["sentences"] = splitter.about
+    recipe = Recipe(
+        encode=encoder.encode,
+        vocab_size=tokenizer.vocab_size,
+        dtype=best_dtype(stored_vocab_size(options, tokenizer.vocab_size)),
+        keys=keys,
+        eod_id=tokenizer.eod_id if options.append_eod else None,
+        split_sentences=None if splitter is None else splitter.split,
+        splittable=encoder.splittable,
+    )
+    prefix = options.output_prefix if partition.count == 1 else f"{options.output_prefix}_{partition.index}"
+    tokenize(
+        Job(
+            sources,
+            prefix,
+            recipe,
+            workers=options.workers,
+            block_bytes=options.block_bytes,
+            max_line_bytes=options.max_line_bytes,
+            overwrite=options.overwrite,
+            resume=options.resume,
+            skip_bad_lines=options.on_bad_line == "skip",
+            about=about,
+            flags={name: value for name, value in vars(options).items() if value is not None},
+            partition=partition,
+        ),
+        options.log_interval,
+    )
+
+
+def tokenize(job: Job, log_interval: int | None) -> None:
+    """Do the work and say what was written."""
+    from megalm.data.preprocess import preprocess
+    from megalm.data.progress_line import ProgressLine, describe
+
+    line = ProgressLine(sys.stderr, every_documents=log_interval)
+    try:
+        done = preprocess(job, report=line)
+    finally:
+        line.close()
+    say(describe(done))
+    for key in job.recipe.keys:
+        say(f"wrote {job.corpus_prefix(key)}.bin: {done.documents:,} documents, {done.tokens:,} tokens")
+    if done.skipped:
+        say(f"{done.skipped} lines were skipped; {job.output_prefix}.bad_lines.jsonl lists them")
+
+
+def part_of(options: argparse.Namespace) -> Partition:
+    """The part of the input to tokenize here, after checking the numbers that shape the work."""
+    from megalm.data.partition import WHOLE, Partition
+
+    if options.workers < 0 or options.block_bytes < 1 or options.max_line_bytes < 1:
+        raise DataError(
+            f"--workers {options.workers}, --block-bytes {options.block_bytes} and --max-line-bytes "
+            f"{options.max_line_bytes} must not be negative, and the sizes not 0"
+        )
+    if options.partition is None:
+        Partition(0, options.partitions)
+        return WHOLE
+    return Partition(options.partition, options.partitions)
+
+
+def read_tokenizer(options: argparse.Namespace) -> tuple[Tokenizer, str]:
+    """The tokenizer and its type."""
+    from megalm.tokenizers.build import open_tokenizer
+
+    kind = tokenizer_type(options.tokenizer_type)
     tokenizer = open_tokenizer(
         kind,
         path=options.tokenizer_name_or_path,
@@ -75,42 +187,23 @@ def run(options: argparse.Namespace) -> None:
     )
     if options.append_eod and tokenizer.eod_id is None:
         raise DataError(f"--append-eod: {tokenizer.name} names no end-of-document token\n  set eos_token in its files")
-    sources = find_sources(options.input)
-    keys = tuple(options.json_keys)
-    encoder = choose_encoder(tokenizer, first_texts(sources, keys), requested=options.encoder)
-    say(f"{tokenizer.name}, {tokenizer.vocab_size} ids; encoder {encoder.engine}: {encoder.reason}")
-    job = Job(
-        sources,
-        options.output_prefix,
-        Recipe(
-            encode=encoder.encode,
-            vocab_size=tokenizer.vocab_size,
-            dtype=best_dtype(tokenizer.vocab_size),
-            keys=keys,
-            eod_id=tokenizer.eod_id if options.append_eod else None,
-            splittable=encoder.splittable,
-        ),
-        workers=options.workers,
-        block_bytes=options.block_bytes,
-        max_line_bytes=options.max_line_bytes,
-        overwrite=options.overwrite,
-        resume=options.resume,
-        skip_bad_lines=options.on_bad_line == "skip",
-        about={
-            "tokenizer": {"type": kind, "digest": tokenizer.digest, "vocab_size": tokenizer.vocab_size},
-            "append_eod": options.append_eod,
-        },
-    )
-    line = ProgressLine(sys.stderr, every_documents=options.log_interval)
-    try:
-        done = preprocess(job, report=line)
-    finally:
-        line.close()
-    say(describe(done))
-    for key in keys:
-        say(f"wrote {job.corpus_prefix(key)}.bin: {done.documents:,} documents, {done.tokens:,} tokens")
-    if done.skipped:
-        say(f"{done.skipped} lines were skipped; {options.output_prefix}.bad_lines.jsonl lists them")
+    if kind != "NullTokenizer" and options.vocab_size not in (None, tokenizer.vocab_size):
+        raise ConfigError(
+            f"--vocab-size {options.vocab_size}: {tokenizer.name} has {tokenizer.vocab_size} ids\n"
+            "  leave the flag out; --pad-vocab-size-to chooses the width of stored ids"
+        )
+    return tokenizer, kind
+
+
+def sentence_splitter(options: argparse.Namespace) -> SentenceSplitter | None:
+    """The splitter that the flags ask for."""
+    from megalm.data.sentences import open_splitter
+
+    if options.split_sentences:
+        return open_splitter(options.sentence_splitter, language=options.lang, keep_newlines=options.keep_newlines)
+    if options.keep_newlines:
+        raise ConfigError("--keep-newlines is about the white space between sentences\n  pass --split-sentences too")
+    return None
 
 
 def say(text: str) -> None:

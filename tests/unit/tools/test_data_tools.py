@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
+import hashlib
 import json
+import re
+import runpy
 import subprocess
 import sys
 import time
@@ -10,6 +14,9 @@ from pathlib import Path
 
 import pytest
 
+from megalm.data.preprocess_flags import FOREIGN_FLAGS, ForeignFlag, add_foreign_flags, notices
+from megalm.errors import ConfigError
+from megalm.tokenizers.huggingface import HuggingFaceTokenizer
 from tests.support.token_files import read_by_description
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -44,8 +51,6 @@ def preprocess(folder: Path, output: str, *inputs: Path) -> str:
 
 
 def test_corpus_decodes_to_the_input_with_an_end_after_each_document(work: Path) -> None:
-    from megalm.tokenizers.huggingface import HuggingFaceTokenizer
-
     tokenizer = HuggingFaceTokenizer(work / "tok")
     documents = read_by_description(work / "all_text_document")
     assert [tokenizer.decode(ids[:-1]) for (ids,) in documents] == TEXTS
@@ -95,14 +100,125 @@ def test_sentencepiece_models_are_trained_and_used(work: Path) -> None:
         assert "120 documents" in said
 
 
-def test_flag_spellings_of_other_trainers_are_accepted(work: Path) -> None:
-    succeeds(
-        "preprocess_data.py",
-        *("--input", work / "one.jsonl", "--json-keys", "text", "--tokenizer-type", "PretrainedFromHf"),
-        *("--tokenizer-model", work / "tok", "--output-prefix", work / "spelled", "--dataset-impl", "mmap"),
-        *("--workers", 1, "--log-interval", 10),
-    )
-    assert len(read_by_description(work / "spelled_text_document")) == 50
+FLAGS_OF_OTHER_TOOLS = {
+    "BigScience, preprocess_data.py and preprocess_data_many_cores.py": """
+        --input --datasets --json-keys --content-keys --split-sentences --keep-newlines --tokenizer-type --vocab-file
+        --merge-file --append-eod --tokenizer-name-or-path --make-vocab-size-divisible-by --pad-vocab-size-to
+        --output-prefix --dataset-impl --workers --log-interval""",
+    "Megatron-LM, preprocess_data.py": """
+        --input --json-keys --split-sentences --keep-newlines --append-eod --lang --output-prefix --workers
+        --find-optimal-num-workers --workers-to-check --max-documents --performance-dir --partitions --log-interval
+        --keep-sequential-samples --chunk-size""",
+    "Megatron-LM, tokenizer arguments": """
+        --vocab-size --padded-vocab-size --vocab-file --merge-file --vocab-extra-ids --tokenizer-type --tokenizer-model
+        --tokenizer-metadata --tiktoken-pattern --tiktoken-num-special-tokens --tiktoken-special-tokens
+        --legacy-tokenizer --trust-remote-code --special-tokens --tokenizer-special-tokens --tokenizer-hf-no-use-fast
+        --tokenizer-hf-no-include-special-tokens --tokenizer-sentencepiece-legacy --sft-tokenizer-prompt-format""",
+}
+MERGE_FLAGS = "--datasets --output-prefix --input --multimodal"
+
+
+def test_every_flag_of_other_tokenization_tools_is_known() -> None:
+    for name, flags in {
+        **dict.fromkeys(FLAGS_OF_OTHER_TOOLS.values(), "preprocess_data.py"),
+        MERGE_FLAGS: "merge_datasets.py",
+    }.items():
+        parser = runpy.run_path(str(ROOT / "tools" / flags))["parser"]()
+        known = {option for action in parser._actions for option in action.option_strings}
+        assert set(name.split()) <= known
+
+
+@pytest.mark.parametrize("flag", FOREIGN_FLAGS, ids=lambda flag: flag.name)
+def test_flag_without_a_meaning_here_says_so_or_what_to_do(flag: ForeignFlag) -> None:
+    parser = argparse.ArgumentParser()
+    for name, default in (("--dataset-impl", "mmap"), ("--partitions", 1), ("--partition", None)):
+        parser.add_argument(name, default=default)
+    add_foreign_flags(parser)
+    options = parser.parse_args([flag.name, *(["7"] if flag.takes else [])])
+    if flag.refused:
+        with pytest.raises(ConfigError, match=f"{flag.name} cannot be obeyed\n  {re.escape(flag.reason)}"):
+            list(notices(options))
+    else:
+        assert list(notices(options)) == [f"{flag.name} changes nothing: {flag.reason}"]
+    assert list(notices(parser.parse_args([]))) == []
+
+
+def test_command_lines_of_other_trainers_give_the_same_corpus(work: Path) -> None:
+    bigscience = [
+        *("--input", work / "one.jsonl", "--content-keys", "text", "--tokenizer-type", "PretrainedFromHf"),
+        *("--tokenizer-name-or-path", work / "tok", "--output-prefix", work / "spelled", "--dataset-impl", "mmap"),
+        *("--append-eod", "--workers", 1, "--log-interval", 10, "--make-vocab-size-divisible-by", 128),
+    ]
+    said = succeeds("preprocess_data.py", *bigscience)
+    assert re.search(r"\d+ % \| .* MB/s \| .* documents/s \| .* ETA 0:00", said)
+    megatron = [
+        *("--input", work / "one.jsonl", "--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", work / "tok"),
+        *("--output-prefix", work / "megatron", "--append-eod", "--workers", 2, "--partitions", 2),
+        "--keep-sequential-samples",
+    ]
+    said = succeeds("preprocess_data.py", *megatron)
+    assert "--partitions 2 without --partition: all of them here" in said
+    assert "--keep-sequential-samples changes nothing" in said
+    for suffix in (".bin", ".idx"):
+        plain = Path(f"{work}/one_text_document{suffix}").read_bytes()
+        assert Path(f"{work}/spelled_text_document{suffix}").read_bytes() == plain
+        assert Path(f"{work}/megatron_text_document{suffix}").read_bytes() == plain
+
+
+def test_padded_vocabulary_decides_the_width_of_ids(work: Path) -> None:
+    source = ["--input", work / "one.jsonl", "--tokenizer-name-or-path", work / "tok"]
+    succeeds("preprocess_data.py", *source, "--output-prefix", work / "wide", "--pad-vocab-size-to", 65_536)
+    sidecar = json.loads((work / "wide_text_document.meta.json").read_text())
+    assert sidecar["dtype"] == "int32"
+    done = tool("preprocess_data.py", *source, "--output-prefix", work / "small", "--padded-vocab-size", 100)
+    assert done.returncode == 2
+    assert "--padded-vocab-size 100 is less than the tokenizer's 400 ids" in done.stderr
+
+
+def test_partitions_of_a_folder_merge_to_the_corpus_of_one_machine(work: Path, tmp_path: Path) -> None:
+    for index in (2, 0, 1):
+        succeeds(
+            "preprocess_data.py",
+            *("--input", work / "all.jsonl", "--tokenizer-name-or-path", work / "tok", "--append-eod"),
+            *("--output-prefix", tmp_path / "parts" / "all", "--partitions", 3, "--partition", index),
+        )
+    succeeds("merge_datasets.py", "--input", tmp_path / "parts", "--output-prefix", tmp_path / "merged")
+    for suffix in (".bin", ".idx"):
+        merged = Path(f"{tmp_path}/merged{suffix}").read_bytes()
+        assert merged == Path(f"{work}/all_text_document{suffix}").read_bytes()
+    (tmp_path / "parts" / "all_1_text_document.idx").unlink()
+    done = tool("merge_datasets.py", "--input", tmp_path / "parts", "--output-prefix", tmp_path / "again")
+    assert done.returncode == 3
+    assert "all_1_text_document.idx missing" in done.stderr
+
+
+def test_sentences_become_sequences(work: Path) -> None:
+    source = work / "prose.jsonl"
+    source.write_text(json.dumps({"text": "Dr. A came.\nShe saw. "}) + "\n")
+    arguments = ["--input", source, "--tokenizer-name-or-path", work / "tok", "--split-sentences"]
+    succeeds("preprocess_data.py", *arguments, "--output-prefix", work / "prose", "--sentence-splitter", "rules")
+    documents = read_by_description(work / "prose_text_sentence")
+    tokenizer = HuggingFaceTokenizer(work / "tok")
+    assert [[tokenizer.decode(ids) for ids in document] for document in documents] == [["Dr. A came.", "She saw."]]
+    sidecar = json.loads((work / "prose_text_sentence.meta.json").read_text())
+    assert sidecar["sentences"]["splitter"] == "rules"
+    assert (sidecar["documents"], sidecar["sequences"]) == (1, 2)
+
+
+def test_sidecar_records_sources_tokenizer_flags_counts_and_seconds(work: Path) -> None:
+    sidecar = json.loads((work / "all_text_document.meta.json").read_text())
+    raw = (work / "all.jsonl").read_bytes()
+    assert sidecar["sources"] == [
+        {"path": str(work / "all.jsonl"), "bytes": len(raw), "sha256": hashlib.sha256(raw).hexdigest()}
+    ]
+    assert sidecar["tokenizer"]["digest"] == HuggingFaceTokenizer(work / "tok").digest
+    documents = read_by_description(work / "all_text_document")
+    assert (sidecar["documents"], sidecar["tokens"]) == (120, sum(len(ids) for (ids,) in documents))
+    assert 0 < sidecar["seconds"] < 120
+    parser = runpy.run_path(str(ROOT / "tools" / "preprocess_data.py"))["parser"]()
+    flags = vars(parser.parse_args(["--input", str(work / "all.jsonl"), "--output-prefix", str(work / "all")]))
+    flags |= {"tokenizer_name_or_path": str(work / "tok"), "append_eod": True, "workers": 2}
+    assert sidecar["flags"] == {name: value for name, value in flags.items() if value is not None}
 
 
 @pytest.mark.parametrize(
@@ -139,6 +255,38 @@ def test_flag_spellings_of_other_trainers_are_accepted(work: Path) -> None:
             "line 1, byte 0",
         ),
         ("preprocess_data.py", "--inp {w}/all.jsonl", 2, "required"),
+        (
+            "preprocess_data.py",
+            "--input {w}/all.jsonl --output-prefix {w}/x --tokenizer-model {w}/tok --dataset-impl lazy",
+            2,
+            "pass mmap",
+        ),
+        (
+            "preprocess_data.py",
+            "--input {w}/all.jsonl --output-prefix {w}/x --tokenizer-type BertWordPieceCase",
+            2,
+            "holds BERT's tokenizer.json",
+        ),
+        (
+            "preprocess_data.py",
+            "--input {w}/all.jsonl --output-prefix {w}/x --tokenizer-model {w}/tok --keep-newlines",
+            2,
+            "pass --split-sentences too",
+        ),
+        (
+            "preprocess_data.py",
+            "--input {w}/all.jsonl --output-prefix {w}/x --tokenizer-model {w}/tok --partitions 3 --partition 3",
+            3,
+            "partition 3 of 3 does not exist",
+        ),
+        (
+            "preprocess_data.py",
+            "--input {w}/all.jsonl --output-prefix {w}/x --tokenizer-model {w}/tok --vocab-extra-ids 100",
+            2,
+            "add them to the tokenizer's files",
+        ),
+        ("merge_datasets.py", "--input {w}/tok --output-prefix {w}/x", 3, "holds no corpus"),
+        ("merge_datasets.py", "--input {w} --output-prefix {w}/x --multimodal", 3, "--multimodal"),
         ("train_tokenizer.py", "--input {w}/all.jsonl --vocab-size 100 --output {w}/x", 3, "no room"),
         ("train_tokenizer.py", "--input {w}/all.jsonl --vocab-size 300 --output {w}/tok", 3, "exists already"),
         ("merge_datasets.py", "--input {w}/none --output-prefix {w}/x", 3, "no corpus at"),
