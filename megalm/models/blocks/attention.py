@@ -24,7 +24,7 @@ class ParallelAttention(nn.Module):
     query_key_value's features are (heads, 3, head size), so that tensor shards concatenate without a permutation.
 
     Shapes: x [s, b, h] -> [s, b, h] (both [s/t, b, h] with sequence parallelism); mask [b or 1, 1, s, s] bool,
-        True = masked out.
+        True = masked out, or [b, s] int, the first key that each query sees.
     """
 
     def __init__(self, shape: BlockShape, *, kernels: Kernels, spread: Spread) -> None:
@@ -54,19 +54,22 @@ class ParallelAttention(nn.Module):
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         mixed = self.query_key_value(x)  # [s, b, h] -> [s, b, 3h/t]
         mixed = mixed.view(*mixed.shape[:2], self.num_local_heads, 3, self.head_size)  # -> [s, b, n/t, 3, d]
-        q, k, v = (part.permute(1, 2, 0, 3) for part in mixed.unbind(dim=3))  # -> 3 of [b, n/t, s, d]
-        context = self._attend(q, k, v, mask)
-        context = context.permute(2, 0, 1, 3).flatten(2)  # [b, n/t, s, d] -> [s, b, h/t]
+        context = self._attend(mixed, mask)  # -> [s, b, h/t]
         projected: Tensor = self.dense(context)  # -> [s, b, h]
         return projected
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        slopes = None if self.alibi is None else self.alibi()
-        attend = functools.partial(self.core, slopes=slopes, mask=mask, dropout=self.dropout, training=self.training)
+    def _attend(self, mixed: Tensor, mask: Tensor | None) -> Tensor:
+        attend = functools.partial(
+            self.core.from_fused,
+            slopes=None if self.alibi is None else self.alibi(),
+            mask=mask,
+            dropout=self.dropout,
+            training=self.training,
+        )
         draws = self.training and self.dropout > 0.0
         # Each rank drops weights of its own heads. In here the tensor-parallel stream is the default one, so that
         # recomputation has one state to restore.
         with self.spread.tensor_stream(draws):
             if self.training and self.spread.recompute == "selective":
-                return recompute(attend, q, k, v, draws=draws)
-            return attend(q, k, v)
+                return recompute(attend, mixed, draws=draws)
+            return attend(mixed)

@@ -57,25 +57,16 @@ def absolute_positions(tokens: Tensor) -> Tensor:
     return torch.arange(tokens.size(0), device=tokens.device).unsqueeze(1)
 
 
-def document_positions(tokens: Tensor, eod_id: int) -> Tensor:
-    """Positions that start again after each end of document, which is the last token of its own.
+def document_starts(tokens: Tensor, eod_id: int) -> Tensor:
+    """Where the document of each token starts, which is the first key that the token sees.
 
-    Shapes: tokens [s, b] -> [s, b].
+    An end of document is the last token of its own. Shapes: tokens [s, b] -> [s, b] int64.
     """
-    absolute = absolute_positions(tokens)
     starts = torch.zeros_like(tokens)
-    starts[1:] = torch.where(tokens[:-1] == eod_id, absolute[1:], 0)
-    return absolute - starts.cummax(dim=0).values
+    starts[1:] = torch.where(tokens[:-1] == eod_id, absolute_positions(tokens)[1:], 0)
+    return starts.cummax(dim=0).values
 
 
-def document_numbers(tokens: Tensor, eod_id: int) -> Tensor:
-    """How many documents ended before each token. Shapes: tokens [s, b] -> [s, b] int64."""
-    numbers = torch.zeros_like(tokens)
-    numbers[1:] = (tokens[:-1] == eod_id).cumsum(dim=0)
-    return numbers
-
-
-def document_mask(numbers: Tensor) -> Tensor:
-    """True where query and key are of different documents. Shapes: numbers [s, b] -> [b, 1, s, s]."""
-    by_sample = numbers.t()  # [b, s]
-    return (by_sample[:, :, None] != by_sample[:, None, :]).unsqueeze(1)
+def document_positions(tokens: Tensor, eod_id: int) -> Tensor:
+    """Positions that start again with each document. Shapes: tokens [s, b] -> [s, b]."""
+    return absolute_positions(tokens) - document_starts(tokens, eod_id)

@@ -9,7 +9,7 @@ from megalm.models.blocks.block import ParallelTransformerLayer
 from megalm.models.blocks.embedding import GPTEmbedding
 from megalm.models.blocks.head import OutputEmbedding, vocabulary_logits
 from megalm.models.blocks.norm import LayerNorm
-from megalm.models.blocks.positions import document_mask, document_numbers
+from megalm.models.blocks.positions import document_starts
 from megalm.models.gpt.loss import next_token_loss
 from megalm.models.gpt.plan import GPTPlan
 from megalm.parallel.collectives import gather_from
@@ -59,4 +59,4 @@ class GPT(nn.Module):
     def _mask(self, tokens: Tensor) -> Tensor | None:
         if self.plan.documents is None or not self.plan.documents.reset_attention:
             return None
-        return document_mask(document_numbers(tokens, self.plan.documents.eod_id))
+        return document_starts(tokens, self.plan.documents.eod_id).t()  # -> [b, s]

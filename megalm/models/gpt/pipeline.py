@@ -21,15 +21,15 @@ from megalm.models.blocks.block import ParallelTransformerLayer
 from megalm.models.blocks.embedding import GPTEmbedding
 from megalm.models.blocks.head import OutputEmbedding, TiedEmbeddingHead, vocabulary_logits
 from megalm.models.blocks.norm import LayerNorm
-from megalm.models.blocks.positions import document_mask, document_numbers
+from megalm.models.blocks.positions import document_starts
 from megalm.models.gpt.loss import next_token_loss
 from megalm.models.gpt.plan import GPTPlan
 from megalm.models.gpt.shape import GPTShape
 from megalm.models.gpt.weights import EMBEDDING_LAYER, TIED_KEY, head_layer, weight_table
 from megalm.topology.layout import Layout
 
-# With documents that do not see each other, their numbers [s, b] travel with the activations from stage to stage.
-Numbered = tuple[Tensor, Tensor]
+# With documents that do not see each other, the start of each token's [s, b] travels with the activations.
+Started = tuple[Tensor, Tensor]
 
 
 class EmbeddingPipe(GPTEmbedding):
@@ -43,15 +43,15 @@ class EmbeddingPipe(GPTEmbedding):
         return super().forward(tokens, self.plan.positions(tokens))
 
 
-class NumberingEmbeddingPipe(EmbeddingPipe):
-    """`EmbeddingPipe` that also hands on the number of each token's document."""
+class StartingEmbeddingPipe(EmbeddingPipe):
+    """`EmbeddingPipe` that also hands on where each token's document starts."""
 
     def __init__(self, plan: GPTPlan, *, eod_id: int) -> None:
         super().__init__(plan)
         self.eod_id = eod_id
 
-    def forward(self, tokens: Tensor) -> Numbered:  # type: ignore[override]
-        return super().forward(tokens), document_numbers(tokens, self.eod_id)
+    def forward(self, tokens: Tensor) -> Started:  # type: ignore[override]
+        return super().forward(tokens), document_starts(tokens, self.eod_id)
 
 
 class ParallelTransformerLayerPipe(ParallelTransformerLayer):
@@ -61,12 +61,12 @@ class ParallelTransformerLayerPipe(ParallelTransformerLayer):
         return super().forward(x)
 
 
-class NumberedParallelTransformerLayerPipe(ParallelTransformerLayer):
+class StartedParallelTransformerLayerPipe(ParallelTransformerLayer):
     """A block whose tokens attend within their document: ([s, b, h], [s, b]) -> the same."""
 
-    def forward(self, numbered: Numbered) -> Numbered:  # type: ignore[override]
-        x, numbers = numbered
-        return super().forward(x, document_mask(numbers)), numbers
+    def forward(self, started: Started) -> Started:  # type: ignore[override]
+        x, starts = started
+        return super().forward(x, starts.t()), starts
 
 
 def sequence_first(tokens: Tensor) -> Tensor:
@@ -79,17 +79,17 @@ def unchanged(x: Any) -> Any:
     return x
 
 
-def without_numbers(numbered: Numbered) -> Tensor:
+def without_starts(started: Started) -> Tensor:
     """The activations alone, after the last block."""
-    return numbered[0]
+    return started[0]
 
 
 def layer_list(plan: GPTPlan) -> list[Callable[..., Any] | LayerSpec]:
     """The layers in order, as specifications that a stage builds if it owns them."""
     spread = plan.spread
     documents = plan.documents if plan.reset_attention else None
-    block = ParallelTransformerLayerPipe if documents is None else NumberedParallelTransformerLayerPipe
-    embedding = EmbeddingPipe if documents is None else NumberingEmbeddingPipe
+    block = ParallelTransformerLayerPipe if documents is None else StartedParallelTransformerLayerPipe
+    embedding = EmbeddingPipe if documents is None else StartingEmbeddingPipe
     arguments = {"plan": plan} if documents is None else {"plan": plan, "eod_id": documents.eod_id}
 
     def tied_logits(module: EmbeddingPipe | TiedEmbeddingHead, x: Tensor) -> Tensor:
@@ -102,7 +102,7 @@ def layer_list(plan: GPTPlan) -> list[Callable[..., Any] | LayerSpec]:
         tied(embedding, **arguments) if is_tied else LayerSpec(embedding, **arguments),
         unchanged,
         *(LayerSpec(block, **plan.block_arguments()) for _ in range(plan.shape.num_layers)),
-        unchanged if documents is None else without_numbers,
+        unchanged if documents is None else without_starts,
         LayerSpec(LayerNorm, **plan.final_norm_arguments()),
         # A function of the tied module, so that DeepSpeed writes no second file with the same weight.
         tied(TiedEmbeddingHead, forward_fn=tied_logits, **plan.head_arguments())

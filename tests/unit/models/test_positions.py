@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from megalm.kernels.alibi import alibi_slopes
+from megalm.kernels.attention.masks import square_mask
 from megalm.models.blocks.positions import (
     AlibiSlopes,
     absolute_positions,
-    document_mask,
-    document_numbers,
     document_positions,
+    document_starts,
 )
 from megalm.topology.group import SOLO, Group
 
@@ -28,14 +28,14 @@ def test_positions_start_again_after_an_end_of_document() -> None:
 
 
 def test_an_end_of_document_belongs_to_its_own_document() -> None:
-    assert document_numbers(TOKENS, EOD).t().tolist() == [[0, 0, 0, 1, 1, 2, 3], [0, 1, 1, 1, 1, 1, 1]]
+    assert document_starts(TOKENS, EOD).t().tolist() == [[0, 0, 0, 3, 3, 5, 6], [0, 1, 1, 1, 1, 1, 1]]
 
 
-def test_mask_hides_exactly_other_documents() -> None:
-    mask = document_mask(document_numbers(TOKENS, EOD))
+def test_starts_hide_exactly_earlier_documents() -> None:
+    mask = square_mask(document_starts(TOKENS, EOD).t())
     assert mask.shape == (2, 1, 7, 7)
-    assert mask[1, 0, 0].tolist() == [False] + 6 * [True]
-    assert mask[0, 0, 3].tolist() == [True, True, True, False, False, True, True]
+    assert mask[1, 0, 1].tolist() == [True] + 6 * [False]
+    assert mask[0, 0, 3].tolist() == [True, True, True, False, False, False, False]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
