@@ -25,7 +25,8 @@ POSITIVE = (
 )  # fmt: skip
 NOT_NEGATIVE = (
     "training.min_lr", "training.lr_warmup_iters", "training.lr_warmup_samples", "training.weight_decay",
-    "training.clip_grad", "training.eval_interval", "training.seed", "data.num_workers", "data.valid_num_workers",
+    "training.clip_grad", "training.z_loss_coeff", "training.eval_interval", "training.seed", "data.num_workers",
+    "data.valid_num_workers",
 )  # fmt: skip
 FRACTIONS = (
     "model.hidden_dropout", "model.attention_dropout", "training.adam_beta1", "training.adam_beta2",

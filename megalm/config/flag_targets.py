@@ -89,6 +89,7 @@ TARGETS = (
     takes("--adam-eps", "training.adam_eps"),
     takes("--weight-decay", "training.weight_decay"),
     takes("--clip-grad", "training.clip_grad"),
+    takes("--z-loss-coeff", "training.z_loss_coeff"),
     takes("--eval-interval", "training.eval_interval"),
     takes("--eval-iters", "training.eval_iters"),
     takes("--eval-only", "training.eval_only", arity="?"),
@@ -144,3 +145,4 @@ TARGETS = (
     takes("--layer-norm-kernel", "output.layer_norm"),
     takes("--bias-gelu-kernel", "output.bias_gelu"),
 )
+    takes("--head-kernel", "output.head"),

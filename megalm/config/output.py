@@ -61,6 +61,11 @@ class OutputConfig:
     attention: str = option("auto", doc="Attention core: auto, baddbmm (the reference), sdpa.")
     layer_norm: str = option("auto", doc="LayerNorm implementation: auto, reference (fp32 arithmetic), torch.")
     bias_gelu: str = option("auto", doc="Bias-GeLU implementation: auto, jit, torch.")
+    head: str = option(
+        "auto",
+        doc="Head and cross-entropy: auto, reference (the logits of all tokens in memory), chunked (some tokens at a "
+        "time), triton (chunked, in fewer passes over the logits).",
+    )
     linear: str = option(
         "auto",
         doc="Matrix products of the linear layers: auto, torch, onednn (fp32 on CPUs), fp8 (8-bit operands, e5m2 "

@@ -54,6 +54,12 @@ class TrainingConfig:
     weight_decay: float = option(0.01, doc="Decoupled weight decay of matrices; biases and LayerNorms have none.")
     clip_grad: float = option(1.0, doc="Largest global gradient norm; 0 does not clip.")
 
+    z_loss_coeff: float = option(
+        0.0,
+        doc="Weight of the square of log(sum of exp(logits)), added to the training loss alone, against logits that "
+        "drift away. PaLM took 1e-4.",
+    )
+
     eval_interval: int = option(1000, doc="Steps between validations; 0 never validates.")
     eval_iters: int = option(100, doc="Global batches in one validation.")
     eval_only: bool = option(False, doc="Load, evaluate on the validation and test sets, and stop.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,7 @@ from megalm.kernels.linear.torch_native import TorchLinear
 @dataclass(frozen=True)
 class Choice:
     """An implementation, its name and why it was taken; the caller logs the last two."""
+from megalm.kernels.cross_entropy.torch_rows import TorchRows
 
     name: str
     implementation: Any
@@ -63,6 +65,18 @@ _CANDIDATES: dict[str, dict[str, _Candidate]] = {
 }
 
 
+def _triton_obstacle(device: torch.device) -> str | None:
+    if device.type != "cuda":
+        return "Triton compiles for GPUs"
+    return None if importlib.util.find_spec("triton") is not None else "Triton is not installed"
+
+
+def _triton_rows() -> Any:
+    from megalm.kernels.cross_entropy.triton_rows import TritonRows
+
+    return TritonRows()
+
+
 def choose(operation: str, requested: str, device: torch.device) -> Choice:
     """The implementation of attention, layer_norm or bias_gelu that `requested` names, or that `auto` finds best.
 
@@ -78,6 +92,11 @@ def choose(operation: str, requested: str, device: torch.device) -> Choice:
     if requested not in candidates:
         raise KernelError(f"output.{operation} = {requested!r} is not an implementation of {operation}\n{remedy}")
     obstacle = candidates[requested].obstacle(device)
+    "head": {
+        "reference": _Candidate(lambda: None, _no_obstacle),
+        "chunked": _Candidate(TorchRows, _no_obstacle),
+        "triton": _Candidate(_triton_rows, _triton_obstacle),
+    },
     if obstacle is not None:
         raise KernelError(f"output.{operation} = {requested!r} cannot run on {device}: {obstacle}\n{remedy}")
     return Choice(requested, candidates[requested].build(), "asked for by name")
@@ -103,3 +122,7 @@ def _preference(operation: str, device: torch.device) -> tuple[str, str]:
     if obstacle is not None:
         return "torch", obstacle
     return "jit", "TorchScript fuses bias and GELU on this device and keeps no intermediate"
+    if operation == "head":
+        if _triton_obstacle(device) is None:
+            return "triton", "the logits of all tokens are never in memory, and those of some are read twice"
+        return "chunked", "the logits of all tokens are never in memory"

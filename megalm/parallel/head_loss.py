@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from megalm.kernels.cross_entropy.protocol import VocabularyRows
+from megalm.kernels.linear.protocol import LinearKernel
 from megalm.parallel.collectives import all_gather_into
 from megalm.parallel.embedding import local_ids
 from megalm.topology.group import Group
@@ -21,7 +22,7 @@ from megalm.topology.group import Group
 # Of logits and their temporaries. On a GPU 2,048 tokens of BLOOM's vocabulary, which is 980 MiB: products of that many
 # rows fill 132 processors, and with cuBLAS's workspace of 32 MiB it stays below 1 GiB. On a CPU what its caches hold.
 GPU_CHUNK_BYTES = 980 * 2**20
-CPU_CHUNK_BYTES = 8 * 2**20
+CPU_CHUNK_BYTES = 24 * 2**20
 # Fewer make the matrix products slower than a larger chunk makes the rest.
 LEAST_TOKENS = 128
 
@@ -34,6 +35,7 @@ def head_cross_entropy(
     *,
     tp: Group,
     rows: VocabularyRows,
+    kernel: LinearKernel,
     z_loss: float = 0.0,
     chunk_bytes: int | None = None,
 ) -> Tensor:
@@ -57,7 +59,7 @@ def head_cross_entropy(
     weights = token_weights.reshape(-1).to(wide)
     if chunk_bytes is None:
         chunk_bytes = CPU_CHUNK_BYTES if x.device.type == "cpu" else GPU_CHUNK_BYTES
-    task = _Task(tp, rows, z_loss, chunk_bytes)
+    task = _Task(tp, rows, kernel, z_loss, chunk_bytes)
     differentiates = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     total: Tensor = _HeadCrossEntropy.apply(flat, weight, labels.reshape(-1), weights, task, differentiates)
     return total
@@ -80,6 +82,7 @@ def chunk_size(num_tokens: int, *, bytes_per_token: int, chunk_bytes: int) -> in
 class _Task:
     tp: Group
     rows: VocabularyRows
+    kernel: LinearKernel
     z_loss: float
     chunk_bytes: int
 
@@ -126,6 +129,7 @@ class _Gradients:
         # A sum in fp32 beside one chunk's product, which the matrix product rounds to the dtype of its operands.
         fits = used + weight.numel() * (wide.itemsize + weight.element_size()) <= task.chunk_bytes
         in_fp32 = size < x.size(0) and (fits or weight.device.type == "cpu")
+        self._kernel, self._in_place = task.kernel, _writes_in_place(task.kernel)
         self.x = torch.empty_like(x)
         if in_fp32 or x.size(0) == 0:
             self.weight = torch.zeros_like(weight, dtype=wide)
@@ -134,6 +138,11 @@ class _Gradients:
 
     def add(self, start: int, stop: int, logit_gradient: Tensor, x: Tensor, weight: Tensor) -> None:
         """One chunk: logit_gradient [c, v/t], x [c, h]."""
+        if not self._in_place:
+            self.x[start:stop] = self._kernel.input_gradient(logit_gradient, weight)
+            product = self._kernel.weight_gradient(logit_gradient, x)
+            self.weight = product if start == 0 and product.dtype == self.weight.dtype else self.weight.add_(product)
+            return
         torch.mm(logit_gradient, weight, out=self.x[start:stop])
         if self.weight.dtype != x.dtype:
             self.weight.add_(torch.mm(logit_gradient.t(), x))
@@ -141,6 +150,11 @@ class _Gradients:
             torch.mm(logit_gradient.t(), x, out=self.weight)
         else:
             self.weight.addmm_(logit_gradient.t(), x)
+
+
+def _writes_in_place(kernel: LinearKernel) -> bool:
+    """Whether the products are torch's own, which can write into, and add to, memory that there is."""
+    return kernel.name == "torch"
 
 
 def _tokens_of_a_chunk(x: Tensor, weight: Tensor, task: _Task) -> int:
@@ -162,10 +176,15 @@ def _chunks(
     columns = local.masked_fill(elsewhere, -1)
     size = _tokens_of_a_chunk(x, weight, task)
     losses, log_sums = torch.zeros_like(weights), torch.zeros_like(weights) if known is None else known
-    buffer = x.new_empty((min(size, x.size(0)), weight.size(0)))
+    in_place = _writes_in_place(task.kernel)
+    buffer = x.new_empty((min(size, x.size(0)) if in_place else 0, weight.size(0)))
     for start in range(0, x.size(0), size):
         part = slice(start, min(start + size, x.size(0)))
-        logits = torch.mm(x[part], weight.t(), out=buffer[: part.stop - start])  # [c, h] -> [c, v/t]
+        # [c, h] -> [c, v/t]
+        if in_place:
+            logits = torch.mm(x[part], weight.t(), out=buffer[: part.stop - start])
+        else:
+            logits = task.kernel.output(x[part], weight, None)
         target = logits.gather(-1, local[part].unsqueeze(-1)).squeeze(-1).to(weights.dtype)
         target = target.masked_fill_(elsewhere[part], 0.0)
         if known is None and gradients is not None and task.tp.size == 1:

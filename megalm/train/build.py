@@ -176,6 +176,7 @@ def _build_module(plan: Plan, topology: Topology, streams: RngStreams, console: 
         kernels=kernels,
         spread=Spread(
             tp=topology.tp,
+        head=config.output.head,
             sequence_parallel=config.parallel.sequence_parallel,
             recompute=config.parallel.recompute,
             streams=streams,
@@ -190,6 +191,7 @@ def _build_module(plan: Plan, topology: Topology, streams: RngStreams, console: 
         partition=config.parallel.pipeline_partition,
         seed=config.training.seed,
     )
+        z_loss=config.training.z_loss_coeff,
     for stage, layers in enumerate(pipeline.stages()):
         console.info(f"stage {stage}: layers {layers.start} to {layers.stop - 1}")
     return pipeline

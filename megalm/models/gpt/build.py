@@ -30,6 +30,7 @@ def choose_kernels(
     layer_norm: str = "auto",
     bias_gelu: str = "auto",
     linear: str = "auto",
+    head: str = "auto",
 ) -> tuple[Kernels, dict[str, Choice]]:
     """The kernels that the names ask for, and each choice with its reason, for the log.
 
@@ -39,6 +40,7 @@ def choose_kernels(
         "attention": choose("attention", attention, device),
         "layer_norm": choose("layer_norm", layer_norm, device),
         "linear": choose("linear", linear, device),
+        "head": choose("head", head, device),
     }
     if model.activation == "gelu_erf":
         choices["bias_gelu"] = Choice("torch", bias_gelu_erf, "the erf GELU has one implementation")
@@ -56,6 +58,7 @@ def plan_gpt(
     kernels: Kernels | None = None,
     spread: Spread | None = None,
     documents: DocumentRules | None = None,
+    z_loss: float = 0.0,
 ) -> GPTPlan:
     """The plan of the model that the configuration describes; by default on one rank, with the CPU's kernels.
 
@@ -63,7 +66,7 @@ def plan_gpt(
     """
     if kernels is None:
         kernels, _ = choose_kernels(model, device=torch.device("cpu"))
-    return GPTPlan(gpt_shape(model, seq_length=seq_length), kernels, spread or Spread(), documents)
+    return GPTPlan(gpt_shape(model, seq_length=seq_length), kernels, spread or Spread(), documents, z_loss)
 
 
 def build_model(plan: GPTPlan, *, seed: int) -> GPT:

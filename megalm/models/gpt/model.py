@@ -7,10 +7,10 @@ from torch import Tensor, nn
 
 from megalm.models.blocks.block import ParallelTransformerLayer
 from megalm.models.blocks.embedding import GPTEmbedding
-from megalm.models.blocks.head import OutputEmbedding, vocabulary_logits
+from megalm.models.blocks.head import HeadInput, OutputEmbedding, vocabulary_logits
 from megalm.models.blocks.norm import LayerNorm
 from megalm.models.blocks.positions import document_starts
-from megalm.models.gpt.loss import next_token_loss
+from megalm.models.gpt.loss import fused_next_token_loss, next_token_loss
 from megalm.models.gpt.plan import GPTPlan
 from megalm.parallel.collectives import gather_from
 
@@ -35,26 +35,28 @@ class GPT(nn.Module):
         Shapes: tokens [b, s], labels [b, s], loss_mask [b, s] (all count when not given) -> scalar, or [b, s, v].
         Communicates: without labels, an all-gather of the logits over tp.
         """
-        logits = self.local_logits(tokens)
+        plan = self.plan
         if labels is None:
-            return gather_from(logits, self.plan.spread.tp).transpose(0, 1)  # [s, b, v/t] -> [b, s, v]
+            return gather_from(self.local_logits(tokens), plan.spread.tp).transpose(0, 1)  # [s, b, v/t] -> [b, s, v]
         if loss_mask is None:
             loss_mask = torch.ones_like(labels, dtype=torch.float32)
-        return next_token_loss(logits, labels, loss_mask, tp=self.plan.spread.tp)
+        if plan.kernels.head is not None:
+            return fused_next_token_loss(self._head_input(tokens), labels, loss_mask, plan=plan)
+        return next_token_loss(self.local_logits(tokens), labels, loss_mask, tp=plan.spread.tp, z_loss=plan.z_loss)
 
     def local_logits(self, tokens: Tensor) -> Tensor:
         """Logits of this rank's part of the vocabulary. Shapes: tokens [b, s] -> [s, b, v/t]."""
+        head = self._head_input(tokens)
+        return vocabulary_logits(*head, kernel=self.plan.kernels.head_linear, spread=self.plan.spread)
+
+    def _head_input(self, tokens: Tensor) -> HeadInput:
         tokens = tokens.t().contiguous()  # [b, s] -> [s, b]
         x = self.embedding(tokens, self.plan.positions(tokens))  # -> [s, b, h]
         mask = self._mask(tokens)
         for block in self.h:
             x = block(x, mask)
-        x = self.ln_f(x)
-        if self.lm_head is not None:
-            untied: Tensor = self.lm_head(x)
-            return untied
-        weight = self.embedding.word_embeddings.weight
-        return vocabulary_logits(x, weight, kernel=self.plan.kernels.head_linear, spread=self.plan.spread)
+        weight = self.embedding.word_embeddings.weight if self.lm_head is None else self.lm_head.weight
+        return HeadInput(self.ln_f(x), weight)
 
     def _mask(self, tokens: Tensor) -> Tensor | None:
         if self.plan.documents is None or not self.plan.documents.reset_attention:

@@ -19,10 +19,10 @@ from torch import Tensor
 
 from megalm.models.blocks.block import ParallelTransformerLayer
 from megalm.models.blocks.embedding import GPTEmbedding
-from megalm.models.blocks.head import OutputEmbedding, TiedEmbeddingHead, vocabulary_logits
+from megalm.models.blocks.head import HeadInput, OutputEmbedding, TiedEmbeddingHead, vocabulary_logits
 from megalm.models.blocks.norm import LayerNorm
 from megalm.models.blocks.positions import document_starts
-from megalm.models.gpt.loss import next_token_loss
+from megalm.models.gpt.loss import fused_next_token_loss, next_token_loss
 from megalm.models.gpt.plan import GPTPlan
 from megalm.models.gpt.shape import GPTShape
 from megalm.models.gpt.weights import EMBEDDING_LAYER, TIED_KEY, head_layer, weight_table
@@ -92,7 +92,9 @@ def layer_list(plan: GPTPlan) -> list[Callable[..., Any] | LayerSpec]:
     embedding = EmbeddingPipe if documents is None else StartingEmbeddingPipe
     arguments = {"plan": plan} if documents is None else {"plan": plan, "eod_id": documents.eod_id}
 
-    def tied_logits(module: EmbeddingPipe | TiedEmbeddingHead, x: Tensor) -> Tensor:
+    def tied_head(module: EmbeddingPipe | TiedEmbeddingHead, x: Tensor) -> Tensor | HeadInput:
+        if plan.kernels.head is not None:
+            return HeadInput(x, module.word_embeddings.weight)
         return vocabulary_logits(x, module.word_embeddings.weight, kernel=plan.kernels.head_linear, spread=spread)
 
     tied = functools.partial(TiedLayerSpec, TIED_KEY, tied_weight_attr="word_embeddings.weight")
@@ -105,7 +107,7 @@ def layer_list(plan: GPTPlan) -> list[Callable[..., Any] | LayerSpec]:
         unchanged if documents is None else without_starts,
         LayerSpec(LayerNorm, **plan.final_norm_arguments()),
         # A function of the tied module, so that DeepSpeed writes no second file with the same weight.
-        tied(TiedEmbeddingHead, forward_fn=tied_logits, **plan.head_arguments())
+        tied(TiedEmbeddingHead, forward_fn=tied_head, **plan.head_arguments())
         if is_tied
         else LayerSpec(OutputEmbedding, **plan.head_arguments()),
         unchanged,
@@ -116,10 +118,11 @@ class GPTPipeline(PipelineModule):
     """DeepSpeed's PipelineModule that knows its layers' sizes without building them."""
 
     def __init__(self, plan: GPTPlan, *, layout: Layout, partition: str) -> None:
-        tp = plan.spread.tp
-
         def loss(logits: Tensor, labels_and_mask: tuple[Tensor, Tensor]) -> Tensor:
-            return next_token_loss(logits, *labels_and_mask, tp=tp)
+            return next_token_loss(logits, *labels_and_mask, tp=plan.spread.tp, z_loss=plan.z_loss)
+
+        def fused_loss(head: HeadInput, labels_and_mask: tuple[Tensor, Tensor]) -> Tensor:
+            return fused_next_token_loss(head, *labels_and_mask, plan=plan)
 
         self._parameters_of_layer = layer_parameters(plan.shape)
         # DeepSpeed prints its partition; `stages` gives it to whoever logs.
@@ -127,7 +130,7 @@ class GPTPipeline(PipelineModule):
             super().__init__(
                 layers=layer_list(plan),
                 topology=PipeModelDataParallelTopology(num_pp=layout.pp, num_mp=layout.tp, num_dp=layout.dp),
-                loss_fn=loss,
+                loss_fn=loss if plan.kernels.head is None else fused_loss,
                 partition_method=partition,
                 activation_checkpoint_interval=0,  # Blocks recompute by themselves, with megalm's random streams.
             )

@@ -30,6 +30,8 @@ class GPTPlan:
     kernels: Kernels
     spread: Spread
     documents: DocumentRules | None = None
+    z_loss: float = 0.0
+    """Weight of log(sum of exp(logits))^2 in the training loss."""
 
     @property
     def reset_attention(self) -> bool:
