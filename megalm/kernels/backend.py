@@ -12,7 +12,16 @@ import torch
 from megalm.errors import KernelError
 from megalm.kernels.attention.baddbmm import BaddbmmAttention
 from megalm.kernels.attention.sdpa import SdpaAttention
+from megalm.kernels.attention.suitability import (
+    AttentionUse,
+    flex_misfit,
+    flex_obstacle,
+    preferred_core,
+    triton_misfit,
+    triton_obstacle,
+)
 from megalm.kernels.bias_gelu import eager, jit
+from megalm.kernels.cross_entropy.torch_rows import TorchRows
 from megalm.kernels.layer_norm import oracle, torch_native
 from megalm.kernels.linear import fp8, onednn
 from megalm.kernels.linear.torch_native import TorchLinear
@@ -21,7 +30,6 @@ from megalm.kernels.linear.torch_native import TorchLinear
 @dataclass(frozen=True)
 class Choice:
     """An implementation, its name and why it was taken; the caller logs the last two."""
-from megalm.kernels.cross_entropy.torch_rows import TorchRows
 
     name: str
     implementation: Any
@@ -32,6 +40,20 @@ from megalm.kernels.cross_entropy.torch_rows import TorchRows
 class _Candidate:
     build: Callable[[], Any]
     obstacle: Callable[[torch.device], str | None]
+    misfit: Callable[[AttentionUse], str | None] | None = None
+    """Why it cannot serve a model although it runs on the device."""
+
+
+def _triton_attention() -> Any:
+    from megalm.kernels.attention.triton_flash import TritonAttention
+
+    return TritonAttention()
+
+
+def _flex_attention() -> Any:
+    from megalm.kernels.attention.flex import FlexAttention
+
+    return FlexAttention()
 
 
 def _no_obstacle(device: torch.device) -> str | None:
@@ -41,28 +63,6 @@ def _no_obstacle(device: torch.device) -> str | None:
 def _jit_obstacle(device: torch.device) -> str | None:
     failure = jit.scripting_failure()
     return None if failure is None else f"TorchScript does not work here ({failure})"
-
-
-_CANDIDATES: dict[str, dict[str, _Candidate]] = {
-    "attention": {
-        "baddbmm": _Candidate(BaddbmmAttention, _no_obstacle),
-        "sdpa": _Candidate(SdpaAttention, _no_obstacle),
-    },
-    "layer_norm": {
-        "reference": _Candidate(lambda: oracle.layer_norm, _no_obstacle),
-        "torch": _Candidate(lambda: torch_native.layer_norm, _no_obstacle),
-    },
-    "bias_gelu": {
-        "torch": _Candidate(lambda: eager.bias_gelu, _no_obstacle),
-        "jit": _Candidate(lambda: jit.bias_gelu_jit, _jit_obstacle),
-    },
-    "linear": {
-        "torch": _Candidate(TorchLinear, _no_obstacle),
-        "onednn": _Candidate(onednn.OneDnnLinear, onednn.obstacle),
-        "fp8": _Candidate(fp8.Fp8Linear, fp8.obstacle),
-        "fp8_e4m3": _Candidate(lambda: fp8.Fp8Linear(gradient_format=fp8.E4M3), fp8.obstacle),
-    },
-}
 
 
 def _triton_obstacle(device: torch.device) -> str | None:
@@ -77,43 +77,77 @@ def _triton_rows() -> Any:
     return TritonRows()
 
 
-def choose(operation: str, requested: str, device: torch.device) -> Choice:
-    """The implementation of attention, layer_norm or bias_gelu that `requested` names, or that `auto` finds best.
-
-    Build one choice and share it between the layers: an attention core caches its bias.
-
-    Raises: KernelError if `requested` is not known or cannot run on `device`.
-    """
-    candidates = _CANDIDATES[operation]
-    if requested == "auto":
-        name, reason = _preference(operation, device)
-        return Choice(name, candidates[name].build(), reason)
-    remedy = f"  implementations that work here: {', '.join(_usable(operation, device))}"
-    if requested not in candidates:
-        raise KernelError(f"output.{operation} = {requested!r} is not an implementation of {operation}\n{remedy}")
-    obstacle = candidates[requested].obstacle(device)
+_CANDIDATES: dict[str, dict[str, _Candidate]] = {
+    "attention": {
+        "baddbmm": _Candidate(BaddbmmAttention, _no_obstacle),
+        "sdpa": _Candidate(SdpaAttention, _no_obstacle),
+        "triton": _Candidate(_triton_attention, triton_obstacle, triton_misfit),
+        "flex": _Candidate(_flex_attention, flex_obstacle, flex_misfit),
+    },
+    "layer_norm": {
+        "reference": _Candidate(lambda: oracle.layer_norm, _no_obstacle),
+        "torch": _Candidate(lambda: torch_native.layer_norm, _no_obstacle),
+    },
+    "bias_gelu": {
+        "torch": _Candidate(lambda: eager.bias_gelu, _no_obstacle),
+        "jit": _Candidate(lambda: jit.bias_gelu_jit, _jit_obstacle),
+    },
     "head": {
         "reference": _Candidate(lambda: None, _no_obstacle),
         "chunked": _Candidate(TorchRows, _no_obstacle),
         "triton": _Candidate(_triton_rows, _triton_obstacle),
     },
+    "linear": {
+        "torch": _Candidate(TorchLinear, _no_obstacle),
+        "onednn": _Candidate(onednn.OneDnnLinear, onednn.obstacle),
+        "fp8": _Candidate(fp8.Fp8Linear, fp8.obstacle),
+        "fp8_e4m3": _Candidate(lambda: fp8.Fp8Linear(gradient_format=fp8.E4M3), fp8.obstacle),
+    },
+}
+
+
+def choose(operation: str, requested: str, device: torch.device, *, use: AttentionUse | None = None) -> Choice:
+    """The implementation of an operation (attention, layer_norm, ...) that `requested` names, or `auto` finds best.
+
+    Build one choice and share it between the layers: an attention core caches its bias. `use` is what the model asks of
+    its attention core; without it, `auto` takes one that serves every model.
+
+    Raises: KernelError if `requested` is not known or cannot run on `device`, or cannot serve the model.
+    """
+    candidates = _CANDIDATES[operation]
+    if requested == "auto":
+        name, reason = _preference(operation, device, use)
+        return Choice(name, candidates[name].build(), reason)
+    remedy = f"  implementations that work here: {', '.join(_usable(operation, device, use))}"
+    if requested not in candidates:
+        raise KernelError(f"output.{operation} = {requested!r} is not an implementation of {operation}\n{remedy}")
+    obstacle = _obstacle(candidates[requested], device, use)
     if obstacle is not None:
         raise KernelError(f"output.{operation} = {requested!r} cannot run on {device}: {obstacle}\n{remedy}")
     return Choice(requested, candidates[requested].build(), "asked for by name")
 
 
-def _usable(operation: str, device: torch.device) -> list[str]:
-    found = [name for name, candidate in _CANDIDATES[operation].items() if candidate.obstacle(device) is None]
-    return ["auto", *found]
+def _obstacle(candidate: _Candidate, device: torch.device, use: AttentionUse | None) -> str | None:
+    misfit = candidate.misfit(use) if candidate.misfit is not None and use is not None else None
+    return candidate.obstacle(device) or misfit
 
 
-def _preference(operation: str, device: torch.device) -> tuple[str, str]:
+def _usable(operation: str, device: torch.device, use: AttentionUse | None) -> list[str]:
+    candidates = _CANDIDATES[operation].items()
+    return ["auto", *(name for name, candidate in candidates if _obstacle(candidate, device, use) is None)]
+
+
+def _preference(operation: str, device: torch.device, use: AttentionUse | None) -> tuple[str, str]:
     if operation == "linear":
         if onednn.obstacle(device) is None and onednn.is_faster_here():
             return "onednn", "MKL leaves half of this processor's vector width unused, oneDNN does not"
         return "torch", "torch's own matrix products"
+    if operation == "head":
+        if _triton_obstacle(device) is None:
+            return "triton", "the logits of all tokens are never in memory, and those of some are read twice"
+        return "chunked", "the logits of all tokens are never in memory"
     if operation == "attention":
-        return "sdpa", "torch's fused attention is faster than separate matrix products"
+        return preferred_core(device, use)
     if operation == "layer_norm":
         return "torch", "torch's kernel keeps fp32 statistics and is faster than separate operations"
     if device.type == "cpu":
@@ -122,7 +156,3 @@ def _preference(operation: str, device: torch.device) -> tuple[str, str]:
     if obstacle is not None:
         return "torch", obstacle
     return "jit", "TorchScript fuses bias and GELU on this device and keeps no intermediate"
-    if operation == "head":
-        if _triton_obstacle(device) is None:
-            return "triton", "the logits of all tokens are never in memory, and those of some are read twice"
-        return "chunked", "the logits of all tokens are never in memory"
