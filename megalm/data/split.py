@@ -88,6 +88,11 @@ def parse_group(text: str) -> Group:
     form = '"NAME: WEIGHT START:END PREFIX, WEIGHT START:END PREFIX"'
     if not colon or not name.strip() or re.search(r"\s", name.strip()):
         raise DataError(f"weighted group {text!r} has no name\n  its form is {form}")
+    if not name.strip().isprintable() or "/" in name or "\\" in name:
+        raise DataError(
+            f"the name of weighted group {name.strip()!r} must not hold /, \\ or control characters\n"
+            "  it is the name of its loss in logs and of files in the cache"
+        )
     members = []
     for part in rest.split(","):
         words = part.split()

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import multiprocessing
 import os
 import re
@@ -20,6 +19,7 @@ from megalm.data.map_cache import PARTS, MapKey, cached_sample_map, entry_name
 from megalm.data.order import BIGSCIENCE, MEGATRON_CORE, Order
 from megalm.data.sample_map import SampleMap, build_sample_map
 from megalm.errors import DataError
+from tests.support.damaged_corpora import CACHE_FAULTS
 
 LENGTHS = np.arange(1, 60, dtype=np.int32)
 
@@ -78,65 +78,12 @@ def test_anything_that_changes_the_map_changes_the_key(tmp_path: Path, change: d
     assert len(entries(tmp_path)) == 2
 
 
-def cut(entry: Path) -> None:
-    path = entry / "samples.npy"
-    path.write_bytes(path.read_bytes()[:-8])
-
-
-def flip(entry: Path) -> None:
-    raw = bytearray((entry / "documents.npy").read_bytes())
-    raw[-3] ^= 1
-    (entry / "documents.npy").write_bytes(raw)
-
-
-def other_dtype(entry: Path) -> None:
-    np.save(entry / "shuffle.npy", np.load(entry / "shuffle.npy").astype(np.int64))
-
-
-def foreign_key(entry: Path) -> None:
-    description = json.loads((entry / "map.json").read_text())
-    description["key"]["seed"] = 7
-    (entry / "map.json").write_text(json.dumps(description))
-
-
-def pickled(entry: Path) -> None:
-    np.save(entry / "shuffle.npy", np.array([{}], dtype=object), allow_pickle=True)
-
-
-def header(entry: Path) -> None:
-    raw = bytearray((entry / "samples.npy").read_bytes())
-    raw[12:16] = b"(((("
-    (entry / "samples.npy").write_bytes(raw)
-
-
-def no_folder(entry: Path) -> None:
-    shutil.rmtree(entry)
-    entry.write_text("")
-
-
-FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
-    "missing part": (lambda entry: (entry / "shuffle.npy").unlink(), r"shuffle.npy cannot be read"),
-    "cut part": (cut, r"samples.npy cannot be read"),
-    "flipped bit": (flip, r"documents.npy does not have the sha256"),
-    "other dtype": (other_dtype, r"shuffle.npy is <i8 .* says <u4"),
-    "another run's map": (foreign_key, r"made for another seed"),
-    "damaged description": (lambda entry: (entry / "map.json").write_text("{"), r"map.json cannot be read"),
-    "pickled objects": (pickled, r"shuffle.npy cannot be read: it holds pickled objects"),
-    "damaged header": (header, r"samples.npy cannot be read: its header"),
-    "no folder": (no_folder, r"map.json cannot be read: .*Not a directory"),
-    "other JSON": (
-        lambda entry: (entry / "map.json").write_text('{"key": 1, "parts": []}'),
-        r"map.json cannot be read",
-    ),
-}
-
-
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("fault", CACHE_FAULTS)
 def test_each_fault_of_a_cached_map_is_named_and_the_map_is_built_again(tmp_path: Path, fault: str) -> None:
     whole = cached(tmp_path)
     expected = [getattr(whole, part).copy() for part in PARTS]
     (entry,) = entries(tmp_path)
-    damage, message = FAULTS[fault]
+    damage, message = CACHE_FAULTS[fault]
     damage(entry)
     said: list[str] = []
     found = cached(tmp_path, log=said.append)
