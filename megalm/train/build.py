@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 
+import torch
 from torch import nn
 
 from megalm.config.checks import check
@@ -39,6 +40,9 @@ from megalm.train.saver import Saver
 from megalm.train.schedule import BatchSize, LearningRate
 from megalm.train.sinks import build_profiler, open_sinks
 from megalm.train.stop import StopRequest
+
+TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""What training.dtype names."""
 
 
 @dataclass(frozen=True)
@@ -160,6 +164,7 @@ def _summary(plan: Plan, topology: Topology) -> str:
 def _build_module(plan: Plan, topology: Topology, streams: RngStreams, console: Console) -> nn.Module:
     """The whole model on one stage for ZeRO-2 and 3, otherwise this rank's pipeline stage."""
     config = plan.config
+    documents = _document_rules(plan)
     kernels, choices = choose_kernels(
         config.model,
         device=topology.device,
@@ -167,6 +172,9 @@ def _build_module(plan: Plan, topology: Topology, streams: RngStreams, console: 
         layer_norm=config.output.layer_norm,
         bias_gelu=config.output.bias_gelu,
         linear=config.output.linear,
+        head=config.output.head,
+        dtype=TORCH_DTYPES[config.training.dtype],
+        documents=documents,
     )
     for operation, choice in choices.items():
         console.info(f"{operation}: {choice.name} ({choice.reason})")
@@ -176,12 +184,12 @@ def _build_module(plan: Plan, topology: Topology, streams: RngStreams, console: 
         kernels=kernels,
         spread=Spread(
             tp=topology.tp,
-        head=config.output.head,
             sequence_parallel=config.parallel.sequence_parallel,
             recompute=config.parallel.recompute,
             streams=streams,
         ),
-        documents=_document_rules(plan),
+        documents=documents,
+        z_loss=config.training.z_loss_coeff,
     )
     if config.parallel.zero_stage >= 2:
         return build_model(model_plan, seed=config.training.seed)
@@ -191,7 +199,6 @@ def _build_module(plan: Plan, topology: Topology, streams: RngStreams, console: 
         partition=config.parallel.pipeline_partition,
         seed=config.training.seed,
     )
-        z_loss=config.training.z_loss_coeff,
     for stage, layers in enumerate(pipeline.stages()):
         console.info(f"stage {stage}: layers {layers.start} to {layers.stop - 1}")
     return pipeline

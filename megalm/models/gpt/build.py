@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from megalm.config.model import ModelConfig
+from megalm.kernels.attention.suitability import AttentionUse
 from megalm.kernels.backend import Choice, choose
 from megalm.kernels.bias_gelu.eager import bias_gelu_erf
 from megalm.kernels.linear.torch_native import TorchLinear
@@ -31,13 +32,25 @@ def choose_kernels(
     bias_gelu: str = "auto",
     linear: str = "auto",
     head: str = "auto",
+    dtype: torch.dtype | None = None,
+    documents: DocumentRules | None = None,
 ) -> tuple[Kernels, dict[str, Choice]]:
     """The kernels that the names ask for, and each choice with its reason, for the log.
 
+    Without `dtype`, that of activations, kernels are taken that serve every type.
     Raises: KernelError if one is asked for by name and cannot run.
     """
+    use = None
+    if dtype is not None:
+        use = AttentionUse(
+            alibi=model.position_embedding == "alibi",
+            head_size=model.head_size,
+            dtype=dtype,
+            dropout=model.attention_dropout > 0.0,
+            documents=documents is not None and documents.reset_attention,
+        )
     choices = {
-        "attention": choose("attention", attention, device),
+        "attention": choose("attention", attention, device, use=use),
         "layer_norm": choose("layer_norm", layer_norm, device),
         "linear": choose("linear", linear, device),
         "head": choose("head", head, device),
