@@ -16,6 +16,11 @@ SCHEDULE_PATHS = (
     "training.lr", "training.min_lr", "training.lr_decay_style", "training.lr_decay_iters", "training.lr_decay_samples",
     "training.lr_warmup_fraction", "training.lr_warmup_iters", "training.lr_warmup_samples",
 )  # fmt: skip
+ORDER_PATHS = (
+    "data.data_path", "data.train_weighted_split_paths", "data.split", "data.seq_length", "data.sample_order",
+    "training.seed", "training.train_iters", "training.train_samples", "training.global_batch_size",
+    "training.micro_batch_size", "training.rampup_batch_size",
+)  # fmt: skip
 DERIVED_PATHS = ("model.ffn_hidden_size", "model.max_position_embeddings", "model.pad_vocab_size_to")
 
 
@@ -33,6 +38,11 @@ class Difference:
     def changes_schedule(self) -> bool:
         """Whether the learning rate follows another course from here on."""
         return self.path in SCHEDULE_PATHS
+
+    @property
+    def changes_order(self) -> bool:
+        """Whether the order of samples may depend on it."""
+        return self.path in ORDER_PATHS
 
     def __str__(self) -> str:
         return f"{self.path}: {self.stored} in the checkpoint, {self.current} now ({self.source})"

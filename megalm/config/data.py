@@ -45,6 +45,11 @@ class DataConfig:
         doc="Which trainer's order samples come in, so that its runs can go on here.",
         choices=SAMPLE_ORDERS,
     )
+    allow_changed_order: bool = option(
+        False,
+        doc="Go on from a checkpoint though the samples come in another order than it was trained with, so that some "
+        "are read again and others never.",
+    )
     verify_data: bool = option(
         False, doc="Before training, read every corpus whole and compare it with the hashes beside it."
     )

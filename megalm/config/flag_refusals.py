@@ -87,7 +87,6 @@ REFUSALS = (
         "set it in the DeepSpeed JSON",
         'use {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}',
     ),
-    refused("--fp8-format", "there is no fp8 arithmetic", "pass --bf16"),
     refused("--start-weight-decay", "weight decay is constant", "pass --weight-decay alone"),
     refused("--end-weight-decay", "weight decay is constant", "pass --weight-decay alone"),
     refused("--weight-decay-incr-style", "weight decay is constant", "pass --weight-decay alone"),

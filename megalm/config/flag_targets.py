@@ -102,6 +102,7 @@ TARGETS = (
     takes("--num-workers", "data.num_workers"),
     takes("--valid-num-workers", "data.valid_num_workers"),
     takes("--sample-order", "data.sample_order"),
+    switch("--allow-changed-sample-order", "data.allow_changed_order", True),
     switch("--verify-data", "data.verify_data", True),
     takes("--data-cache-path", "data.cache_path"),
     switch("--eod-mask-loss", "data.eod_mask_loss", True),
@@ -128,6 +129,9 @@ TARGETS = (
     switch("--override-lr-scheduler", "output.override_lr_schedule", True),
     switch("--override-opt_param-scheduler", "output.override_lr_schedule", True, "Megatron-Core's name for the same."),
     takes("--log-interval", "output.log_interval"),
+    takes("--fp8-format", "output.linear", words={"hybrid": "fp8", "e4m3": "fp8_e4m3"}),
+    switch("--compile", "output.compile", "on"),
+    switch("--no-compile", "output.compile", "off"),
     switch("--profile", "output.profile", True),
     takes("--profile-step-start", "output.profile_step_start"),
     takes("--profile-step-end", "output.profile_step_end"),
@@ -144,5 +148,5 @@ TARGETS = (
     takes("--attention-kernel", "output.attention"),
     takes("--layer-norm-kernel", "output.layer_norm"),
     takes("--bias-gelu-kernel", "output.bias_gelu"),
-)
     takes("--head-kernel", "output.head"),
+)

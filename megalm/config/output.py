@@ -70,6 +70,12 @@ class OutputConfig:
         "auto",
         doc="Matrix products of the linear layers: auto, torch, onednn (fp32 on CPUs), fp8 (8-bit operands, e5m2 "
         "gradients), fp8_e4m3 (e4m3 gradients). auto never takes 8 bits.",
+        choices=("auto", "torch", "onednn", "fp8", "fp8_e4m3"),
+    )
+    compile: str = option(
+        "auto",
+        doc="Compile each block with torch.compile: on, off, or auto: on GPUs with Triton and a C compiler.",
+        choices=("auto", "on", "off"),
     )
 
     profile: bool = option(

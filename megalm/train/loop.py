@@ -16,6 +16,7 @@ from megalm.telemetry.memory import peak_memory_bytes
 from megalm.telemetry.metrics import Sink, StepMetrics
 from megalm.telemetry.profile import StepProfiler
 from megalm.topology.topology import Topology
+from megalm.train.compile import STEPS_TO_COMPILE, CompileWatch
 from megalm.train.engine import Engine
 from megalm.train.evaluation import Evaluator
 from megalm.train.saver import Saver
@@ -48,7 +49,10 @@ class Run:
     console: Console
     sinks: Sequence[Sink]
     profiler: StepProfiler
+    compile_watch: CompileWatch
     flops_per_token: float
+    steps_here: int = 0
+    """Steps since this process started."""
     recent: deque[tuple[float, int]] = field(default_factory=lambda: deque(maxlen=SPEED_WINDOW_STEPS))
     """Seconds and tokens of the last steps."""
 
@@ -136,6 +140,8 @@ def step(run: Run) -> StepMetrics:
     with run.profiler.step(state.step + 1):
         result = run.engine.train_step(batches, global_batch_size=batch_size, learning_rate=learning_rate)
     step_seconds = time.perf_counter() - started
+    run.steps_here += 1
+    run.compile_watch.report(f"step {state.step + 1}", expected=run.steps_here <= STEPS_TO_COMPILE)
 
     tokens = batch_size * run.config.data.seq_length
     state.step += 1
@@ -168,6 +174,7 @@ def step(run: Run) -> StepMetrics:
 def evaluate(run: Run, evaluator: Evaluator) -> dict[str, float]:
     """Evaluate every set of `evaluator` and log it."""
     losses = evaluator.run(run.engine)
+    run.compile_watch.report("evaluation", expected=True)
     for name, loss in losses.items():
         for sink in run.sinks:
             sink.log_validation(run.state.step, run.state.consumed_samples, name, loss)
