@@ -31,6 +31,7 @@ from megalm.tokenizers.protocol import Tokenizer
 from megalm.topology.agree import exchange, together
 from megalm.topology.start import Launch, device_type, start, stop
 from megalm.topology.topology import Topology
+from megalm.train.compile import compile_blocks
 from megalm.train.engine import Engine, build_engine
 from megalm.train.evaluation import Evaluator
 from megalm.train.loop import Run
@@ -121,6 +122,13 @@ def build(plan: Plan, topology: Topology) -> Run:
     streams = RngStreams(config.training.seed, tp=topology.tp, pp=topology.pp, dp=topology.dp, device=topology.device)
     module = _build_module(plan, topology, streams, console)
     engine = _build_engine(config, module, topology)
+    compile_watch = compile_blocks(
+        module,
+        requested=config.output.compile,
+        device=topology.device,
+        zero_stage=config.parallel.zero_stage,
+        console=console,
+    )
     saver = Saver(config, topology, engine, streams, console)
     state = saver.restore()
 
@@ -147,6 +155,7 @@ def build(plan: Plan, topology: Topology) -> Run:
         console=console,
         sinks=together(topology, partial(open_sinks, config, topology, console, resumed_step=state.step)),
         profiler=build_profiler(config, topology, console),
+        compile_watch=compile_watch,
         flops_per_token=flops_per_token(config.model, seq_length=config.data.seq_length),
     )
 
