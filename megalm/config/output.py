@@ -58,7 +58,11 @@ class OutputConfig:
     plot: str | None = option(None, doc="PNG that receives the training and validation curve at the end.")
     log_level: str = option("info", doc="Least severe message shown.", choices=("debug", "info", "warning", "error"))
 
-    attention: str = option("auto", doc="Attention core: auto, baddbmm (the reference), sdpa.")
+    attention: str = option(
+        "auto",
+        doc="Attention core: auto, baddbmm (the reference), sdpa, triton (ALiBi and documents in the kernel; GPUs), "
+        "flex (GPUs).",
+    )
     layer_norm: str = option("auto", doc="LayerNorm implementation: auto, reference (fp32 arithmetic), torch.")
     bias_gelu: str = option("auto", doc="Bias-GeLU implementation: auto, jit, torch.")
     head: str = option(
