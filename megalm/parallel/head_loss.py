@@ -124,11 +124,7 @@ class _Gradients:
 
     def __init__(self, x: Tensor, weight: Tensor, task: _Task) -> None:
         wide = torch.promote_types(weight.dtype, torch.float32)
-        size = _tokens_of_a_chunk(x, weight, task)
-        used = size * weight.size(0) * task.rows.bytes_per_logit(x.dtype)
-        # A sum in fp32 beside one chunk's product, which the matrix product rounds to the dtype of its operands.
-        fits = used + weight.numel() * (wide.itemsize + weight.element_size()) <= task.chunk_bytes
-        in_fp32 = size < x.size(0) and (fits or weight.device.type == "cpu")
+        in_fp32 = _sums_in_fp32(x, weight, task)
         self._kernel, self._in_place = task.kernel, _writes_in_place(task.kernel)
         self.x = torch.empty_like(x)
         if in_fp32 or x.size(0) == 0:
@@ -150,6 +146,14 @@ class _Gradients:
             torch.mm(logit_gradient.t(), x, out=self.weight)
         else:
             self.weight.addmm_(logit_gradient.t(), x)
+
+
+def _sums_in_fp32(x: Tensor, weight: Tensor, task: _Task) -> bool:
+    size = _tokens_of_a_chunk(x, weight, task)
+    used = size * weight.size(0) * task.rows.bytes_per_logit(x.dtype)
+    # The sum lies beside one chunk's product, which the matrix product rounds to the dtype of its operands.
+    fits = used + weight.numel() * (4 + weight.element_size()) <= task.chunk_bytes
+    return size < x.size(0) and (fits or weight.device.type == "cpu")
 
 
 def _writes_in_place(kernel: LinearKernel) -> bool:

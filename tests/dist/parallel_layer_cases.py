@@ -7,12 +7,15 @@ value; a case that must be exact returns a difference of bits.
 from __future__ import annotations
 
 from collections.abc import Callable
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megalm.parallel import collectives
+from megalm.kernels.cross_entropy.torch_rows import TorchRows
+from megalm.kernels.linear.torch_native import TorchLinear
+from megalm.parallel import collectives, head_loss
 from megalm.parallel.cross_entropy import vocab_parallel_cross_entropy
 from megalm.parallel.embedding import VocabParallelEmbedding
 from megalm.parallel.linear import ColumnParallelLinear, RowParallelLinear
@@ -114,16 +117,46 @@ def embedding(tp: Group, *, sequence_parallel: bool) -> float:
     )
 
 
-def cross_entropy(tp: Group, *, dtype: torch.dtype) -> float:
+def cross_entropy(tp: Group, *, dtype: torch.dtype, z_loss: float = 0.0) -> float:
     logits = (5 * torch.randn(S, B, VOCAB)).to(dtype).float().requires_grad_()
     labels, upstream = torch.randint(0, VOCAB, (S, B)), torch.randn(S, B)
     expected = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view(S, B)
+    expected = expected + z_loss * logits.logsumexp(-1).square()
     expected.backward(upstream)
     ours = _part(logits, tp, 2).to(dtype).requires_grad_()
-    loss = vocab_parallel_cross_entropy(ours, labels, tp=tp)
+    loss = vocab_parallel_cross_entropy(ours, labels, tp=tp, z_loss=z_loss)
     loss.backward(upstream)
     grad = _part(_grad(logits), tp, 2).to(dtype)
     return relative_difference([(loss, expected), (_grad(ours).float(), grad.float())])
+
+
+def fused_head(tp: Group, *, sequence_parallel: bool = False, z_loss: float = 0.0, num_chunks: int = 1) -> float:
+    """Logits in full on one rank, against chunks of tokens and a part of the vocabulary on each."""
+    x, weight = _leaf(S, B, H), _leaf(VOCAB, H)
+    labels, counted = torch.randint(0, VOCAB, (S, B)), (torch.rand(S, B) < 0.7).float() / 17
+    logits = F.linear(x, weight)
+    log_sum = logits.logsumexp(-1)
+    losses = log_sum - logits.gather(-1, labels.unsqueeze(-1)).squeeze(-1) + z_loss * log_sum.square()
+    expected = (losses * counted).sum()
+    expected.backward()
+    ours = (_part(x, tp, 0) if sequence_parallel else x.detach().clone()).requires_grad_()
+    shard = _part(weight, tp, 0).clone().requires_grad_()
+    entered = collectives.gather_sequence(ours, tp) if sequence_parallel else collectives.copy_to(ours, tp)
+    loss = chunked_head(entered, shard, labels, counted, tp=tp, z_loss=z_loss, num_chunks=num_chunks)
+    loss.backward()
+    grad = _part(_grad(x), tp, 0) if sequence_parallel else _grad(x)
+    return relative_difference([(loss, expected), (_grad(ours), grad), (_grad(shard), _part(_grad(weight), tp, 0))])
+
+
+def chunked_head(
+    x: Tensor, weight: Tensor, labels: Tensor, counted: Tensor, *, tp: Group, z_loss: float, num_chunks: int
+) -> Tensor:
+    """The fused head, with chunks of a size that is not a multiple of 64, as only a test can ask for."""
+    size = -(-S * B // num_chunks)
+    with mock.patch.object(head_loss, "_tokens_of_a_chunk", return_value=size):
+        return head_loss.head_cross_entropy(
+            x, weight, labels, counted, tp=tp, rows=TorchRows(), kernel=TorchLinear(), z_loss=z_loss
+        )
 
 
 def adjoint(tp: Group, *, enter: str, leave: str) -> float:
@@ -166,6 +199,12 @@ LAYER_CASES: dict[str, Callable[[Group], float]] = {
     "embedding, sequence": lambda tp: embedding(tp, sequence_parallel=True),
     "cross-entropy": lambda tp: cross_entropy(tp, dtype=torch.float32),
     "cross-entropy, bf16": lambda tp: cross_entropy(tp, dtype=torch.bfloat16),
+    "cross-entropy, z-loss": lambda tp: cross_entropy(tp, dtype=torch.float32, z_loss=1e-2),
+    "fused head": fused_head,
+    "fused head, chunks": lambda tp: fused_head(tp, num_chunks=5),
+    "fused head, sequence, chunks, z-loss": lambda tp: fused_head(
+        tp, sequence_parallel=True, z_loss=1e-2, num_chunks=3
+    ),
     "copy and reduce": lambda tp: adjoint(tp, enter="copy_to", leave="reduce_from"),
     "gather and scatter": lambda tp: adjoint(tp, enter="scatter_to", leave="gather_from"),
     "sequence gather and reduce-scatter": lambda tp: adjoint(

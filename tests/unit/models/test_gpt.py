@@ -50,6 +50,27 @@ def test_loss_is_the_masked_mean_of_the_logits_cross_entropy() -> None:
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
 
 
+@pytest.mark.parametrize("model", [small.bloom(), small.gpt2(tie_embeddings=False)], ids=["tied", "untied"])
+def test_fused_head_gives_the_loss_and_gradients_of_the_logits_in_full(model: ModelConfig) -> None:
+    tokens, mask = _tokens(), (torch.arange(32).view(2, 16) % 3 != 0).float()
+    results = []
+    for head in ("reference", "chunked"):
+        kernels, choices = choose_kernels(model, device=torch.device("cpu"), head=head)
+        assert choices["head"].name == head
+        module = build_model(plan_gpt(model, seq_length=16, kernels=kernels, z_loss=1e-2), seed=1)
+        small.randomise(module)
+        loss = module(tokens[:, :-1], tokens[:, 1:], mask)
+        loss.backward()
+        with torch.no_grad():
+            evaluated = module(tokens[:, :-1], tokens[:, 1:], mask)
+        # log(sum of exp) is at least log(96) for logits around 0, so the term is felt; evaluation leaves it out.
+        assert loss - evaluated > 0.05
+        results.append([loss.detach(), evaluated, *(parameter.grad for parameter in module.parameters())])
+    for reference, fused in zip(*results, strict=True):
+        # fp32 sums in another order, through two blocks.
+        torch.testing.assert_close(fused, reference, rtol=1e-5, atol=1e-5 * reference.abs().max().item())
+
+
 def test_loss_without_a_mask_counts_every_token() -> None:
     module, tokens = _model(small.bloom()).eval(), _tokens()
     everything = module(tokens[:, :-1], tokens[:, 1:], torch.ones(2, 16))
