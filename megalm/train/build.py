@@ -18,6 +18,7 @@ from megalm.config.show import dry_run_report, notes
 from megalm.data.batches import Batch
 from megalm.data.build import Datasets, build_datasets
 from megalm.data.loader import batch_iterator
+from megalm.data.order_digest import order_digest
 from megalm.data.source import SampleSource
 from megalm.errors import DataError
 from megalm.models.blocks.arrangement import Spread
@@ -129,7 +130,9 @@ def build(plan: Plan, topology: Topology) -> Run:
         zero_stage=config.parallel.zero_stage,
         console=console,
     )
-    saver = Saver(config, topology, engine, streams, console)
+    trained = None if config.training.eval_only else datasets.train
+    sample_order = None if trained is None else order_digest(trained)
+    saver = Saver(config, topology, engine, streams, console, sample_order=sample_order)
     state = saver.restore()
 
     def batches_from(consumed_samples: int) -> Iterator[Batch]:

@@ -13,7 +13,7 @@ from megalm.checkpoint.find import Verification, find_checkpoint
 from megalm.checkpoint.identity import read_config
 from megalm.checkpoint.load import load_checkpoint
 from megalm.checkpoint.save import SaveReport, save_checkpoint
-from megalm.config.compare import differences
+from megalm.config.compare import Difference, differences
 from megalm.config.output import OutputConfig
 from megalm.config.root import Config
 from megalm.errors import CheckpointError, ConfigError
@@ -22,6 +22,9 @@ from megalm.telemetry.console import Console
 from megalm.topology.topology import Topology
 from megalm.train.engine import Engine
 from megalm.train.state import TrainState
+
+SAMPLE_ORDER = "sample_order"
+"""Key of train_state.json."""
 
 
 @dataclass
@@ -37,6 +40,8 @@ class Saver:
     engine: Engine
     streams: RngStreams
     console: Console
+    sample_order: str | None = None
+    """`order_digest` of the training samples."""
     saved_step: int = -1
     """Step of the newest checkpoint that this run has published or begun to write."""
     background: BackgroundSaver = field(init=False)
@@ -84,7 +89,7 @@ class Saver:
         report = save_checkpoint(
             self.engine.raw,
             output.save,
-            state.to_json(),
+            self._state(state),
             config=self.config,
             topology=self.topology,
             rng=self.streams.state_dict(),
@@ -100,7 +105,7 @@ class Saver:
         earlier = self.background.start(
             self.engine.raw,
             self.config.output.save,
-            state.to_json(),
+            self._state(state),
             config=self.config,
             rng=self.streams.state_dict(),
         )
@@ -150,7 +155,7 @@ class Saver:
                 raise
             self.console.warning(f"{error}\n  --allow-fresh-start was given: starting from step 0")
             return TrainState()
-        self._compare(path)
+        changed = self._compare(path)
         started = time.monotonic()
         loaded = load_checkpoint(
             self.engine.raw,
@@ -163,6 +168,8 @@ class Saver:
         if loaded.rng is not None and output.load_rng and not output.finetune:
             self.streams.load_state_dict(loaded.rng)
         state = _progress(loaded.state, output)
+        if state.consumed_samples > 0:
+            self._compare_order(path, loaded.state.get(SAMPLE_ORDER), changed)
         self.saved_step = state.step if output.save is not None and output.save == output.load else -1
         self.console.info(
             f"continuing from {path}: step {state.step}, {state.consumed_samples} samples consumed; {costs[-1]}, "
@@ -170,8 +177,12 @@ class Saver:
         )
         return state
 
-    def _compare(self, path: Path) -> None:
-        """Log what differs from the configuration that the checkpoint was saved with.
+    def _state(self, state: TrainState) -> dict[str, object]:
+        """What train_state.json holds."""
+        return {**state.to_json(), **({} if self.sample_order is None else {SAMPLE_ORDER: self.sample_order})}
+
+    def _compare(self, path: Path) -> list[Difference]:
+        """Log what differs from the configuration that the checkpoint was saved with, and return it.
 
         Raises: ConfigError if the learning rate would follow another course and nobody asked for that.
         """
@@ -179,7 +190,7 @@ class Saver:
         stored = read_config(path)
         if stored is None:
             self.console.warning(f"{path} does not say how it was trained: the schedule of this run is followed")
-            return
+            return []
         found = differences(stored, self.config)
         for difference in found:
             self.console.info(f"changed since {path.name}: {difference}")
@@ -191,6 +202,24 @@ class Saver:
                 "  give the stored values (a longer run keeps its schedule with --lr-decay-iters or "
                 "--lr-decay-samples), or pass --override-lr-scheduler"
             )
+        return found
+
+    def _compare_order(self, path: Path, stored: object, changed: list[Difference]) -> None:
+        """Raises: ConfigError if the samples would come in another order than before and nobody asked for that."""
+        if stored is None or self.sample_order is None or stored == self.sample_order:
+            return
+        what = f"the samples come in another order than {path} was trained with: some are read again, others never"
+        if self.config.data.allow_changed_order:
+            self.console.warning(f"{what}\n  --allow-changed-sample-order was given")
+            return
+        causes = [str(difference) for difference in changed if difference.changes_order]
+        lines = "\n  ".join(causes or ["the corpora do not have the documents that they had"])
+        raise ConfigError(
+            f"{what}\n  {lines}\n"
+            "  the order depends on corpora, weights, split, seed and length, and on how often the samples that the "
+            "whole run asks for pass through a corpus\n"
+            "  give the stored values, or pass --allow-changed-sample-order"
+        )
 
 
 def _progress(stored: dict[str, object], output: OutputConfig) -> TrainState:

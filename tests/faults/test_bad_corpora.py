@@ -109,7 +109,7 @@ def test_hostile_names(tmp_path: Path, figures: Figures) -> None:
 
 
 def mutated(good: bytes, draw: random.Random) -> bytes:
-    """One to four flipped bits, half of the time in the header; now and then a cut, or a run written over."""
+    """One to four flipped bits, half of the time in the header; or a cut, a run written over, another dtype."""
     raw = bytearray(good)
     span = 34 if draw.random() < 0.5 else len(raw)
     for _ in range(draw.randint(1, 4)):
@@ -120,6 +120,9 @@ def mutated(good: bytes, draw: random.Random) -> bytes:
     elif kind < 0.2:
         at = draw.randrange(len(raw) - 8)
         raw[at : at + 8] = draw.randbytes(8)
+    elif kind < 0.3:
+        raw = bytearray(good)
+        raw[17] = draw.randrange(10)  # the dtype, all else whole
     return bytes(raw)
 
 
@@ -169,5 +172,5 @@ def test_mutated_indexes_give_an_error_or_the_right_tokens(tmp_path: Path, figur
                     with pytest.raises(DataError, match="corpus.idx"):
                         check_index_hash(str(prefix))
     assert answers["refused"] > 0.9 * count.total, answers
-    assert answers.keys() == {"refused", "right", "refused when read"} or not full, answers
+    assert answers["refused when read"] > 0, answers
     print(answers)
