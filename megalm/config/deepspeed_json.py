@@ -65,6 +65,8 @@ def deepspeed_json(config: Config, *, dp_size: int) -> dict[str, Any]:
         "gradient_clipping": training.clip_grad,
         "steps_per_print": 1_000_000_000,
         "wall_clock_breakdown": False,
+        # DeepSpeed's own measurement of speed stops the host at every micro-batch until the GPU has caught up.
+        "timers": {"throughput": {"enabled": False}},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "zero_optimization": {"stage": stage},
