@@ -152,6 +152,8 @@ class _Work:
                 writer.abort(keep=job.journal.exists())
             self.bad.abort(keep=job.journal.exists())
             raise
+        finally:
+            hashes.stop()
         return self._finish(self.bad.flush())
 
     def _finish(self, bad_bytes: int) -> Progress:

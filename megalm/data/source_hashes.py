@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from megalm.data.inputs import Position, Source
@@ -12,15 +13,19 @@ from megalm.errors import DataError
 
 PIECE = 1 << 20
 
+THREADS = 4
+"""Files hashed at a time. One does 1.5 GB/s where the processor has instructions for sha256, and a third of that where
+it has none, which a few files at a time make up for."""
+
 
 class SourceHashes:
-    """Computed beside the work, in a thread of its own: hashing holds no interpreter lock.
+    """Computed beside the work, in threads: hashing holds no interpreter lock.
 
     Of a plain file of which a part is read, that part is hashed; other files whole.
     """
 
     def __init__(self, sources: Sequence[Source], start: Position, stop: Position) -> None:
-        self._ranges = []
+        self._ranges: list[tuple[Source, int, int | None]] = []
         for number in range(start.source, min(stop.source + 1, len(sources))):
             source = sources[number]
             begin = start.offset if number == start.source else 0
@@ -28,42 +33,44 @@ class SourceHashes:
             if end != 0:
                 plain = not source.compression and source.format != "parquet"
                 self._ranges.append((source, begin if plain else 0, end if plain else None))
-        self._found: list[dict[str, Any]] = []
-        self._error: OSError | None = None
-        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._threads = ThreadPoolExecutor(THREADS)
+        self._found: list[Future[dict[str, Any]]] = []
         self._running = False
-
-    def _run(self) -> None:
-        try:
-            for source, begin, end in self._ranges:
-                entry = {"path": str(source.path), "bytes": source.size_bytes, "sha256": _sha256(source, begin, end)}
-                if begin or end is not None:
-                    entry["from_byte"], entry["to_byte"] = begin, source.size_bytes if end is None else end
-                self._found.append(entry)
-        except OSError as error:
-            self._error = error
+        self._stopped = threading.Event()
 
     def start(self) -> None:
         """Begin, once the workers are forked; later calls do nothing."""
         if not self._running:
             self._running = True
-            self._thread.start()
+            self._found = [self._threads.submit(_described, *found, self._stopped) for found in self._ranges]
 
     def get(self) -> list[dict[str, Any]]:
         """Wait for the descriptions of the sources."""
         self.start()
-        self._thread.join()
-        if self._error is not None:
-            raise DataError(f"cannot read {self._error.filename} again: {self._error.strerror}")
-        return self._found
+        try:
+            return [found.result() for found in self._found]
+        except OSError as error:
+            raise DataError(f"cannot read {error.filename} again: {error.strerror}") from error
+
+    def stop(self) -> None:
+        """Leave the rest undone, so that a process with a bad line at the start of a large file can end."""
+        self._stopped.set()
+        self._threads.shutdown(wait=False, cancel_futures=True)
 
 
-def _sha256(source: Source, begin: int, end: int | None) -> str:
+def _described(source: Source, begin: int, end: int | None, stopped: threading.Event) -> dict[str, Any]:
+    entry = {"path": str(source.path), "bytes": source.size_bytes, "sha256": _sha256(source, begin, end, stopped)}
+    if begin or end is not None:
+        entry["from_byte"], entry["to_byte"] = begin, source.size_bytes if end is None else end
+    return entry
+
+
+def _sha256(source: Source, begin: int, end: int | None, stopped: threading.Event) -> str:
     digest = hashlib.sha256()
     left = (source.size_bytes if end is None else end) - begin
     with source.path.open("rb") as file:
         file.seek(begin)
-        while left > 0 and (piece := file.read(min(PIECE, left))):
+        while left > 0 and not stopped.is_set() and (piece := file.read(min(PIECE, left))):
             digest.update(piece)
             left -= len(piece)
     return digest.hexdigest()

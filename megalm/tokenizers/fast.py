@@ -41,9 +41,8 @@ MARKED_GPT2_PATTERN = rf"'(?:s|t|re|ve|m|ll|d)| ?\p{{L}}+| ?\p{{N}}+| ?[^\s\p{{L
 """GPT-2's pieces without looking ahead, which makes the search twice as fast: white space that must give its last
 character to the next piece has a boundary before it."""
 
-WHITE = "\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
-LAST_WHITE = re.compile(f"(?<=[{WHITE}])(?=[{WHITE}][^{WHITE}])")
-"""Before the last character of two or more of white space that something follows."""
+WHITE = "\t\n\v\f\r \x85\xa0\u1680" + "".join(map(chr, range(0x2000, 0x200B))) + "\u2028\u2029\u202f\u205f\u3000"
+"""What `\\s` matches in tiktoken's expressions."""
 
 Encode = Callable[[str], Sequence[int]]
 
@@ -133,17 +132,36 @@ def _with_boundaries(
     )
     to_buffer = encoding._core_bpe.encode_to_tiktoken_buffer
     nothing: set[str] = set()
+    white = np.zeros(ord(max(WHITE)) + 2, bool)
+    white[[ord(character) for character in WHITE]] = True
 
     def encode(text: str) -> Sequence[int]:
         if BOUNDARY in text or any(mark in text for mark in marks):
             return exact(text)
-        marked = LAST_WHITE.sub(BOUNDARY, text)
+        marked = _marked(text, white)
         found = np.frombuffer(to_buffer(marked, nothing), np.uint32)
         if len(marked) != len(text):
             found = found[found != boundary]
         return table[found]  # type: ignore[return-value]
 
     return encode
+
+
+def _marked(text: str, white: npt.NDArray[np.bool_]) -> str:
+    """Text with a boundary before the last character of two or more of white space that something follows.
+
+    `white` says so of each code point up to the last one that is; arrays do this three times as fast as an expression.
+    """
+    if text.isascii():
+        points: npt.NDArray[Any] = np.frombuffer(text.encode("ascii"), np.uint8)
+    else:
+        points = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
+        points = np.minimum(points, len(white) - 1)
+    here = white[points]
+    cuts = (np.flatnonzero(here[:-2] & here[1:-1] & ~here[2:]) + 1).tolist()
+    if not cuts:
+        return text
+    return BOUNDARY.join([text[begin:end] for begin, end in zip([0, *cuts], [*cuts, len(text)], strict=True)])
 
 
 def _splittable(spec: dict[str, Any]) -> bool:
