@@ -134,6 +134,7 @@ def _run_side(
     side: str, preset: Path, config: Any, options: argparse.Namespace, device: str, micro_batch_size: int, folder: Path
 ) -> Result:
     environment = {**os.environ, "OMP_NUM_THREADS": str(options.threads)}
+    environment.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # every side has the same allocator
     if device == "cpu":
         environment |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
     metrics = folder / "metrics.jsonl"

@@ -10,7 +10,8 @@
 # Several hosts: the checkout and its environment lie at the same path on each, `ssh HOST` works without a password, and
 # pdsh is installed here. A hostfile has a line `HOST slots=N` for each host (launch/hostfile.example). Variables reach
 # the other hosts from ~/.deepspeed_env and ./.deepspeed_env (launch/deepspeed_env.example), lines NAME=VALUE, and from
-# this shell where the name begins with NCCL_, GLOO_, UCX_, FI_, MEGALM_, DS_, OMP_, PYTHON or TOKENIZERS_.
+# this shell where the name begins with NCCL_, GLOO_, UCX_, FI_, MEGALM_, DS_, OMP_, PYTHON, PYTORCH_, TOKENIZERS_ or
+# CUDA_DEVICE_.
 #
 # Signals, one host: SIGTERM, SIGINT and SIGUSR1 reach every rank once; they save and stop, and the exit code is theirs.
 # Signals, several hosts: DeepSpeed ends the ranks with SIGTERM; use a kill switch (--kill-switch-path) to save first.
@@ -54,7 +55,7 @@ if [ -n "$hostfile" ]; then
     # DeepSpeed forwards few variables of its own accord; the rest travels in a file that it reads.
     env_file=$(mktemp "${TMPDIR:-/tmp}/megalm_env.XXXXXX")
     {
-        env | grep -E '^(NCCL_|GLOO_|UCX_|FI_|MEGALM_|DS_|OMP_|TOKENIZERS_)[A-Z0-9_]*=' | grep -v '^DS_ENV_FILE=' || true
+        env | grep -E '^(NCCL_|GLOO_|UCX_|FI_|MEGALM_|DS_|OMP_|TOKENIZERS_|PYTORCH_|CUDA_DEVICE_)[A-Z0-9_]*=' | grep -v '^DS_ENV_FILE=' || true
         for file in "$HOME/.deepspeed_env" ./.deepspeed_env; do
             if [ -r "$file" ]; then grep -E '^[A-Za-z_][A-Za-z0-9_]*=' "$file" || true; fi
         done

@@ -3,6 +3,9 @@
 # MEGALM_PYTHON     interpreter (default: .venv of this checkout, then python3)
 # DS_ACCELERATOR    DeepSpeed's device; cpu is set here when no GPU is visible
 # OMP_NUM_THREADS   threads of each process; 1 is set here on CPUs, where every core already has a process
+# CUDA_DEVICE_MAX_CONNECTIONS  1 is set here on GPUs: kernels start in the order in which they were given, so that what
+#                   tensor parallelism sends is under way before the product that hides it
+# PYTORCH_CUDA_ALLOC_CONF  expandable_segments:True is set here on GPUs: less memory lost between tensors
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
@@ -26,6 +29,9 @@ if [ -z "${DS_ACCELERATOR:-}" ] && ! gpu_is_visible; then
 fi
 if [ "${DS_ACCELERATOR:-}" = cpu ]; then
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+else
+    export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
+    export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}
 fi
 
 require_module() {
