@@ -107,7 +107,7 @@ def query_gradient(
 ) -> None:
     """dq of BLOCK_Q queries of one head, and `delta`, which `key_value_gradient` reads.
 
-    Shapes: as `attention_forward`; dq as q; delta [b, n, s] fp32; first_key has `num_bounds` blocks of BOUND_BLOCK.
+    Shapes: as `attention_forward`, whose blocks are `num_bounds` of BOUND_BLOCK queries; dq as q, delta as lse.
     """
     batch_head = tl.program_id(0)
     block = tl.num_programs(1) - 1 - tl.program_id(1)
@@ -116,7 +116,7 @@ def query_gradient(
     first_row = block * BLOCK_Q
     rows = first_row + tl.arange(0, BLOCK_Q)
     inside = rows < num_positions
-    row_offset = batch_head.to(tl.int64) * num_positions
+    row_offset = batch_head.to(tl.int64) * (num_bounds * BOUND_BLOCK)
     slope2 = 0.0
     if ALIBI:
         slope2 = tl.load(slopes + head) * 1.4426950408889634
@@ -131,8 +131,8 @@ def query_gradient(
     do = do_desc.load([batch, head, first_row, 0]).reshape(BLOCK_Q, D)
     out = out_desc.load([batch, head, first_row, 0]).reshape(BLOCK_Q, D)
     row_delta = tl.sum(do.to(tl.float32) * out.to(tl.float32), axis=1)
-    tl.store(delta + row_offset + rows, row_delta, mask=inside)
-    row_lse = tl.load(lse + row_offset + rows, mask=inside, other=float("inf"))
+    tl.store(delta + row_offset + rows, row_delta)
+    row_lse = tl.load(lse + row_offset + rows)
     acc = tl.zeros([BLOCK_Q, D], dtype=tl.float32)
     scale2 = scale * 1.4426950408889634
     end = tl.minimum(first_row + BLOCK_Q, num_positions)
@@ -188,7 +188,7 @@ def _visit_queries(
     for start in tl.range(begin, end, BLOCK_Q):
         rows = start + columns
         q = q_desc.load([batch, head, start, 0]).reshape(BLOCK_Q, D)
-        row_lse = tl.load(lse + rows, mask=rows < num_positions, other=float("inf"))
+        row_lse = tl.load(lse + rows)
         t = tl.dot(k, q.T, input_precision=PRECISION) * scale2
         if ALIBI:
             if DIAGONAL:
@@ -211,7 +211,7 @@ def _visit_queries(
         dp = tl.dot(v, do.T, input_precision=PRECISION)
         if DROPOUT:
             dp = tl.where(kept, dp / keep, 0.0)
-        row_delta = tl.load(delta + rows, mask=rows < num_positions, other=0.0)
+        row_delta = tl.load(delta + rows)
         ds = p * (dp - row_delta[None, :])
         dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
     return dk, dv
@@ -293,7 +293,7 @@ def key_value_gradient(
     for member in range(GROUP):
         head = kv_head * GROUP + member
         head_index = batch * num_heads + head
-        row_offset = head_index.to(tl.int64) * num_positions
+        row_offset = head_index.to(tl.int64) * (num_bounds * BOUND_BLOCK)
         slope2 = 0.0
         if ALIBI:
             slope2 = tl.load(slopes + head) * 1.4426950408889634

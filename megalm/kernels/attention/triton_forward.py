@@ -180,8 +180,8 @@ def attention_forward(
 ) -> None:
     """Outputs and log-sum-exps of BLOCK_Q queries of one head; the long rows of all heads are started first.
 
-    Shapes: q [b, n, s, d], k, v [b, n/GROUP, s, d] -> out [b, n, s, d], lse [b, n, s] fp32 in base 2,
-        first_key [b, n, blocks of BLOCK_Q] int32. slopes [n] fp32, starts [b, s] int32, norms as `key_norms` has them.
+    Shapes: q [b, n, s, d], k, v [b, n/GROUP, s, d] -> out [b, n, s, d], lse [b, n, blocks * BLOCK_Q] fp32 in base 2,
+        first_key [b, n, blocks] int32. slopes [n] fp32, starts [b, s] int32, norms as `key_norms` has them.
     """
     batch_head = tl.program_id(0)
     block = tl.num_programs(1) - 1 - tl.program_id(1)
@@ -223,10 +223,11 @@ def attention_forward(
         batch_head, threshold, BLOCK_K, D, False, ALIBI, STARTS, DROPOUT, PRECISION,
     )  # fmt: skip
 
-    # A query that sees nothing gives zeros, and has no weights in the backward pass.
+    # A query that sees nothing gives zeros. It has no weights in the backward pass, and neither has one past the end,
+    # which spares that pass a mask.
     seen = tl.where(total > 0.0, total, 1.0)
-    row_lse = tl.where(total > 0.0, peak + tl.log2(seen), float("inf"))
-    tl.store(lse + batch_head.to(tl.int64) * num_positions + rows, row_lse, mask=inside)
+    row_lse = tl.where(inside & (total > 0.0), peak + tl.log2(seen), float("inf"))
+    tl.store(lse + batch_head.to(tl.int64) * (tl.num_programs(1) * BLOCK_Q) + rows, row_lse)
     acc = acc / (seen * keep)[:, None]
     columns = tl.arange(0, D)
     base = out + batch.to(tl.int64) * out_stride_b + head.to(tl.int64) * out_stride_n

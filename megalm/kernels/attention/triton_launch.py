@@ -89,11 +89,12 @@ def cut_for(head_size: int, dtype: torch.dtype) -> Cut:
 def empty_statistics(q: Tensor) -> tuple[Tensor, Tensor]:
     """What the forward pass leaves for the backward pass besides its outputs.
 
-    Shapes: q [b, n, s, d] -> lse [b, n, s] fp32 in base 2, first_key [b, n, blocks of queries] int32.
+    Shapes: q [b, n, s, d] -> lse [b, n, s in whole blocks] fp32 in base 2, first_key [b, n, blocks of queries] int32.
     """
     b, n, s, d = q.shape
-    num_blocks = ceil_div(s, cut_for(d, q.dtype).forward.queries)
-    return q.new_empty(b, n, s, dtype=torch.float32), q.new_empty(b, n, num_blocks, dtype=torch.int32)
+    rows = cut_for(d, q.dtype).forward.queries
+    blocks = ceil_div(s, rows)
+    return q.new_empty(b, n, blocks * rows, dtype=torch.float32), q.new_empty(b, n, blocks, dtype=torch.int32)
 
 
 def launch_forward(q: Tensor, k: Tensor, v: Tensor, out: Tensor, extras: Extras) -> tuple[Tensor, Tensor]:
