@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megalm.data.indexed import IndexedDataset
+from megalm.data.meter import Meter
 from megalm.data.statistics import document_lengths, histogram, statistics
 from megalm.errors import DataError, MegalmError
 
@@ -37,7 +38,9 @@ def parser() -> argparse.ArgumentParser:
 def run(options: argparse.Namespace) -> None:
     """Print the report."""
     indexed = IndexedDataset(options.prefix)
-    found = statistics(indexed, read_tokens=options.read_tokens)
+    meter = Meter(options.prefix, indexed.tokens.nbytes)
+    found = statistics(indexed, read_tokens=options.read_tokens, read=meter)
+    meter.close()
     print(f"{options.prefix}: {found.documents:,} documents, {found.sequences:,} sequences, {found.tokens:,} tokens")
     print(
         f"ids are {indexed.dtype.name}" + ("" if found.largest_id is None else f", the largest is {found.largest_id}")
@@ -66,9 +69,11 @@ def chosen(options: argparse.Namespace, num_documents: int) -> list[int]:
 
 def show(indexed: IndexedDataset, number: int, tokenizer: Tokenizer | None, *, max_tokens: int) -> None:
     """Print one document."""
-    ids = indexed.document(number).tolist()
-    print(f"\n--- document {number}: {len(ids):,} tokens")
-    shown = ids[:max_tokens]
+    ids = indexed.document(number)
+    first, last = (int(bound) for bound in indexed.document_index[number : number + 2])
+    sequences = "" if last - first == 1 else f" in {last - first} sequences"
+    print(f"\n--- document {number}: {len(ids):,} tokens{sequences}")
+    shown = ids[:max_tokens].tolist()
     print(" ".join(map(str, shown)) if tokenizer is None else tokenizer.decode(shown))
     if len(ids) > len(shown):
         print(f"... {len(ids) - len(shown):,} more tokens")

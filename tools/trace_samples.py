@@ -5,6 +5,9 @@ The run's own command line, or the config.yaml of one of its checkpoints, goes a
 
     python tools/trace_samples.py --steps 12345 -- --config runs/x/global_step13000/config.yaml
     python tools/trace_samples.py --samples 0:16 --no-text -- --config configs/debug/tiny.yaml --data-path ...
+
+Steps are turned into samples by the batch sizes of that configuration, through ramp-up and steps that were left out. A
+run whose batch size changed when it was resumed has its metrics file for that: --metrics-path.
 """
 
 from __future__ import annotations
@@ -32,9 +35,10 @@ def parser() -> argparse.ArgumentParser:
     which = result.add_mutually_exclusive_group(required=True)
     which.add_argument("--steps", help="a training step, counted from 1, or FIRST:LAST, the last included")
     which.add_argument("--samples", help="a training sample, counted from 0, or FIRST:LAST, the last included")
+    result.add_argument("--metrics-path", help="take the samples of --steps from this record of the run")
     result.add_argument("--no-text", action="store_true", help="show where tokens come from, but decode nothing")
     result.add_argument("--max-tokens", type=int, default=60, help="tokens shown of each piece (60)")
-    result.add_argument("--json", action="store_true", help="a JSON object a piece instead of a report")
+    result.add_argument("--json", action="store_true", help="a JSON object a piece, with its token ids")
     result.add_argument(
         "--data-parallel-size", type=int, default=1, help="only for runs without --global-batch-size (1)"
     )
@@ -44,6 +48,7 @@ def parser() -> argparse.ArgumentParser:
 def run(options: argparse.Namespace, command_line: list[str]) -> None:
     """Print every piece of every sample asked for."""
     from dataclasses import asdict
+    from functools import partial
 
     from megalm.config.parse import parse_command_line
     from megalm.data.trace import trace
@@ -51,7 +56,8 @@ def run(options: argparse.Namespace, command_line: list[str]) -> None:
     from megalm.train.samples import open_datasets
 
     config = parse_command_line(command_line)
-    source = open_datasets(config, dp_size=options.data_parallel_size).train
+    say = partial(print, file=sys.stderr)
+    source = open_datasets(config, dp_size=options.data_parallel_size, log=say).train
     if source is None:
         raise DataError("this run has no training samples")
     tokenizer = None if options.no_text else build_tokenizer(config.data, vocab_size=config.model.vocab_size)
@@ -65,7 +71,8 @@ def run(options: argparse.Namespace, command_line: list[str]) -> None:
             shown = tokens[piece.position : piece.position + min(piece.length, options.max_tokens)].tolist()
             text = None if tokenizer is None else tokenizer.decode(shown)
             if options.json:
-                print(json.dumps({"step": step, "sample": number, **asdict(piece), "text": text}, ensure_ascii=False))
+                found = {"step": step, "sample": number, **asdict(piece), "ids": shown, "text": text}
+                print(json.dumps(found, ensure_ascii=False))
                 continue
             print(
                 f"  tokens {piece.position} to {piece.position + piece.length - 1}: {piece.prefix} "
@@ -85,11 +92,31 @@ def chosen(options: argparse.Namespace, config: Config) -> Iterator[tuple[int | 
             yield None, number
         return
     first, last = bounds(options.steps, "--steps", least=1)
-    for step, numbers in samples_of_steps(config, first, last, dp_size=options.data_parallel_size):
+    steps = (
+        samples_of_steps(config, first, last, dp_size=options.data_parallel_size)
+        if options.metrics_path is None
+        else recorded_samples(options.metrics_path, first, last)
+    )
+    for step, numbers in steps:
         if not numbers:
-            print(f"step {step} was left out (--skip-train-iteration-range)", file=sys.stderr)
+            print(f"step {step} read no samples: it was left out, or is not recorded", file=sys.stderr)
         for number in numbers:
             yield step, number
+
+
+def recorded_samples(path: str, first: int, last: int) -> Iterator[tuple[int, range]]:
+    """(step, its sample numbers) as the run wrote them down; a step without a record was left out, or is to come."""
+    from megalm.telemetry.metric_log import read_metric_log
+
+    records = {
+        record["step"]: range(record["consumed_samples"] - record["global_batch_size"], record["consumed_samples"])
+        for record in read_metric_log(path)
+        if record["kind"] == "train" and first <= record["step"] <= last
+    }
+    if not records:
+        raise DataError(f"{path} records no step of {first} to {last}")
+    for step in range(first, last + 1):
+        yield step, records.get(step, range(0))
 
 
 def bounds(text: str, flag: str, *, least: int) -> tuple[int, int]:

@@ -13,7 +13,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megalm.data.verify import verify_corpus
+from megalm.data.indexed import sidecar_path
+from megalm.data.meter import Meter
+from megalm.data.verify import bytes_to_read, verify_corpus
 from megalm.errors import DataError, MegalmError
 
 
@@ -26,13 +28,20 @@ def main(arguments: list[str]) -> int:
     code = 0
     for prefix in options.prefix:
         started = time.perf_counter()
+        meter = Meter(prefix, bytes_to_read(prefix))
         try:
-            found = verify_corpus(prefix, vocab_size=options.vocab_size)
+            found = verify_corpus(prefix, vocab_size=options.vocab_size, read=meter)
         except MegalmError as error:
+            meter.close()
             print(f"{type(error).__name__}: {error}", file=sys.stderr)
             code = DataError.exit_code
             continue
-        hashes = "both files have their sha256" if found.hashed else "no sidecar, so content is not proved"
+        meter.close()
+        hashes = (
+            "both files have their sha256"
+            if found.hashed
+            else f"no {sidecar_path(prefix).name} beside it, so that a changed token cannot be told from a right one"
+        )
         ids = f"ids 0 to {found.largest_id}" + ("" if found.vocab_size is None else f" of {found.vocab_size}")
         print(
             f"{prefix}: whole; {found.documents:,} documents, {found.tokens:,} tokens; {hashes}; {ids}; "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +48,8 @@ def check_index_hash(prefix: str) -> bool:
     return True
 
 
-def check_hash(path: Path, expected: dict[str, Any]) -> None:
-    """Compare a file with the size and the sha256 that the sidecar gives.
+def check_hash(path: Path, expected: dict[str, Any], *, read: Callable[[int], None] | None = None) -> None:
+    """Compare a file with the size and the sha256 that the sidecar gives; `read` hears of the bytes that were read.
 
     Raises: DataError if they differ.
     """
@@ -59,6 +60,8 @@ def check_hash(path: Path, expected: dict[str, Any]) -> None:
     with path.open("rb") as file:
         while piece := file.read(PIECE):
             digest.update(piece)
+            if read is not None:
+                read(len(piece))
     if digest.hexdigest() != expected["sha256"]:
         raise DataError(
             f"{path} does not have the sha256 that its sidecar gives: its content changed since it was written\n"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,8 @@ from megalm.data.indexed import IndexedDataset
 
 BARS = " ▏▎▍▌▋▊▉█"
 WIDTH = 50
+RUN = 1 << 22
+"""Tokens looked at together."""
 
 
 @dataclass(frozen=True)
@@ -37,8 +40,21 @@ def document_lengths(indexed: IndexedDataset) -> npt.NDArray[np.int64]:
     return lengths
 
 
-def statistics(indexed: IndexedDataset, *, read_tokens: bool = False) -> Statistics:
-    """Count; `read_tokens` reads the whole corpus to find its largest id."""
+def largest_id(indexed: IndexedDataset, *, read: Callable[[int], None] | None = None) -> int | None:
+    """The largest id of the corpus, None if it is empty; `read` hears of bytes as they are read."""
+    largest = None
+    for start in range(0, indexed.num_tokens, RUN):
+        part = indexed.tokens[start : start + RUN]
+        largest = max(int(part.max()), -1 if largest is None else largest)
+        if read is not None:
+            read(part.nbytes)
+    return largest
+
+
+def statistics(
+    indexed: IndexedDataset, *, read_tokens: bool = False, read: Callable[[int], None] | None = None
+) -> Statistics:
+    """Count; `read_tokens` reads the whole corpus to find its largest id, and `read` hears of it."""
     lengths = document_lengths(indexed)
     return Statistics(
         documents=indexed.num_documents,
@@ -48,7 +64,7 @@ def statistics(indexed: IndexedDataset, *, read_tokens: bool = False) -> Statist
         median=float(np.median(lengths)) if len(lengths) else 0.0,
         mean=float(lengths.mean()) if len(lengths) else 0.0,
         longest=int(lengths.max()) if len(lengths) else 0,
-        largest_id=int(indexed.tokens.max()) if read_tokens and indexed.num_tokens else None,
+        largest_id=largest_id(indexed, read=read) if read_tokens else None,
     )
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
-from megalm.data.indexed import IndexedDataset, index_path, tokens_path
+import numpy as np
+
+from megalm.data.indexed import IndexedDataset, index_path, sidecar_path, tokens_path
 from megalm.data.sidecar import check_hash, read_sidecar
 from megalm.errors import DataError
 
@@ -26,15 +29,23 @@ class Verdict:
     """What the ids were held against; None if neither the caller nor the sidecar says."""
 
 
-def verify_corpus(prefix: str, *, vocab_size: int | None = None) -> Verdict:
+def bytes_to_read(prefix: str) -> int:
+    """What `verify_corpus` reads of a corpus, for a progress line; 0 if it is not there."""
+    files = [path for path in (index_path(prefix), tokens_path(prefix), tokens_path(prefix)) if path.is_file()]
+    hashed = sidecar_path(prefix).is_file()
+    return sum(path.stat().st_size for path in (files if hashed else files[-1:]))
+
+
+def verify_corpus(prefix: str, *, vocab_size: int | None = None, read: Callable[[int], None] | None = None) -> Verdict:
     """Read everything: the index as on opening, both files against their hashes, every id against the vocabulary.
 
+    `read` hears of bytes as they are read.
     Raises: DataError that names the file and, for an id, the sequence and the token.
     """
     sidecar = read_sidecar(prefix)
     if sidecar is not None:
-        check_hash(index_path(prefix), sidecar["files"]["idx"])
-        check_hash(tokens_path(prefix), sidecar["files"]["bin"])
+        check_hash(index_path(prefix), sidecar["files"]["idx"], read=read)
+        check_hash(tokens_path(prefix), sidecar["files"]["bin"], read=read)
         if vocab_size is None:
             vocab_size = sidecar.get("tokenizer", {}).get("vocab_size")
     indexed = IndexedDataset(prefix)
@@ -47,12 +58,12 @@ def verify_corpus(prefix: str, *, vocab_size: int | None = None) -> Verdict:
         if vocab_size is not None and greatest >= vocab_size:
             _refuse(indexed, start + int(part.argmax()), f"is {greatest}, outside of the vocabulary of {vocab_size}")
         largest = max(largest, greatest)
+        if read is not None:
+            read(part.nbytes)
     return Verdict(prefix, indexed.num_documents, indexed.num_tokens, largest, sidecar is not None, vocab_size)
 
 
 def _refuse(indexed: IndexedDataset, position: int, what: str) -> None:
-    import numpy as np
-
     address = position * indexed.dtype.itemsize
     sequence = int(np.searchsorted(indexed.pointers, address, side="right")) - 1
     token = (address - int(indexed.pointers[sequence])) // indexed.dtype.itemsize

@@ -1,0 +1,74 @@
+"""The tools that look at corpora and sample maps, called as their users call them."""
+
+from __future__ import annotations
+
+import runpy
+from pathlib import Path
+
+import pytest
+
+from tests.support.tiny_run import MODEL_FLAGS, TRAINING_FLAGS, write_corpus
+from tests.support.token_files import write_by_description
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+def tool(name: str, *arguments: object) -> int:
+    code: int = runpy.run_path(str(ROOT / "tools" / f"{name}.py"), run_name="tool")["main"](list(map(str, arguments)))
+    return code
+
+
+def test_verification_says_whether_hashes_prove_the_content(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    proved = write_corpus(tmp_path)
+    write_by_description(tmp_path / "bare", [[[1, 2]]])
+    assert tool("verify_dataset", proved, tmp_path / "bare", tmp_path / "none") == 3
+    said = capsys.readouterr()
+    first, second = said.out.splitlines()
+    assert "whole; 200 documents" in first
+    assert "both files have their sha256" in first
+    assert "no bare.meta.json beside it, so that a changed token cannot be told from a right one" in second
+    assert "no corpus at" in said.err
+
+
+def test_inspection_shows_a_picture_and_documents_of_several_sequences(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_by_description(tmp_path / "c", [[[1, 2], [3]], [[4] * 20], [[5] * 18]])
+    assert tool("inspect_dataset", tmp_path / "c", "--document", 0, "--read-tokens") == 0
+    said = capsys.readouterr().out.splitlines()
+    assert "3 documents, 4 sequences, 41 tokens" in said[0]
+    assert said[1] == "ids are uint16, the largest is 5"
+    picture = [line for line in said if "█" in line]
+    assert [line.split()[:2] for line in picture] == [["2-3", "1"], ["16-31", "2"]]
+    assert said[-2:] == ["--- document 0: 3 tokens in 2 sequences", "1 2 3"]
+
+
+def test_maps_that_are_built_before_are_those_of_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--data-path", write_corpus(tmp_path), "--data-cache-path", str(tmp_path / "maps")]
+    command_line = [*MODEL_FLAGS, *TRAINING_FLAGS, *flags]
+    assert tool("build_index", "--", *command_line) == 0
+    built = sorted(path.name for path in (tmp_path / "maps").iterdir() if path.is_dir())
+    assert len(built) == 1
+    assert "train: 160 samples of 16 tokens from" in capsys.readouterr().out
+    stamps = [path.stat().st_mtime_ns for path in sorted((tmp_path / "maps").rglob("*.npy"))]
+    assert tool("trace_samples", "--steps", 1, "--no-text", "--", *command_line) == 0
+    assert [path.stat().st_mtime_ns for path in sorted((tmp_path / "maps").rglob("*.npy"))] == stamps
+    assert "sample 7 of step 1" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--steps", "0"], "--steps 0 must fit 1 <= FIRST"),
+        (["--steps", "5:3"], "must fit"),
+        (["--samples", "x"], "neither a number nor"),
+        (["--samples", "999999"], "sample 999999 does not exist"),
+        (["--steps", "1", "--metrics-path", "none.jsonl"], "there is no metrics file"),
+    ],
+)
+def test_ranges_that_do_not_exist_are_named(
+    tmp_path: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command_line = [*MODEL_FLAGS, *TRAINING_FLAGS, "--data-path", write_corpus(tmp_path)]
+    assert tool("trace_samples", *arguments, "--no-text", "--", *command_line) != 0
+    assert message in capsys.readouterr().err
