@@ -17,6 +17,7 @@ from megalm.models.gpt.build import choose_kernels, plan_gpt
 from megalm.models.gpt.model import GPT
 from megalm.telemetry.console import Console
 from megalm.train.compile import CompileWatch, compile_blocks, obstacle
+from tests.support.triton_device import INSTALLED, triton_device
 from tests.unit.models.small import bloom, gpt2, randomise
 
 CPU = torch.device("cpu")
@@ -30,7 +31,7 @@ def compiled(module: GPT, *, backend: str = "aot_eager") -> CompileWatch:
 
 def loss_and_gradients(module: GPT) -> tuple[Tensor, list[Tensor]]:
     generator = torch.Generator().manual_seed(5)
-    tokens = torch.randint(0, 96, (2, 17), generator=generator)
+    tokens = torch.randint(0, 96, (2, 17), generator=generator).to(next(module.parameters()).device)
     module.zero_grad()
     loss = module(tokens[:, :-1], tokens[:, 1:])
     loss.backward()
@@ -60,6 +61,28 @@ def test_compiled_blocks_give_the_same_loss_and_gradients_and_compile_once(model
     assert 0 < first <= 8
     loss_and_gradients(module)
     assert watch.report("step 2", expected=False) == 0
+
+
+@pytest.mark.skipif(not INSTALLED, reason="Triton is not installed")
+def test_a_block_with_tritons_attention_is_one_graph() -> None:
+    from megalm.kernels.attention.triton_flash import TritonAttention
+
+    torch._dynamo.reset()
+    with triton_device() as device:
+        kernels, _ = choose_kernels(bloom(), device=device, linear="torch", head="reference")
+        plain = GPT(plan_gpt(bloom(), kernels=replace(kernels, attention=TritonAttention())))
+        randomise(plain)
+        plain.to(device)
+        module = copy.deepcopy(plain)
+        compiled(module)
+        torch._dynamo.utils.counters.clear()
+        loss, gradients = loss_and_gradients(module)
+        wanted_loss, wanted_gradients = loss_and_gradients(plain)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert not torch._dynamo.utils.counters["graph_break"]
+    torch.testing.assert_close(loss, wanted_loss, rtol=1e-6, atol=0)
+    for got, wanted in zip(gradients, wanted_gradients, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6)
 
 
 def test_products_that_are_not_torchs_own_stay_outside_of_the_graph() -> None:
