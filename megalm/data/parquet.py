@@ -148,7 +148,7 @@ def _opened(path: Path) -> Any:
     try:
         parquet = importlib.import_module("pyarrow.parquet")
     except ImportError as error:
-        raise DataError(f"{path} needs the pyarrow package\n  pip install pyarrow, or megalm[data]") from error
+        raise DataError(f"{path} needs the pyarrow package\n  pip install pyarrow") from error
     try:
         return parquet.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False, page_checksum_verification=True)
     except (OSError, ValueError) as error:
