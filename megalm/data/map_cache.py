@@ -24,7 +24,6 @@ import numpy.typing as npt
 
 from megalm.data.folder_lock import folder_lock
 from megalm.data.indexed import fingerprint
-from megalm.data.indexed_writer import sync_folder
 from megalm.data.mapped import map_array
 from megalm.data.order import Order
 from megalm.data.sample_map import SampleMap, build_sample_map
@@ -152,33 +151,29 @@ def _remove(entry: Path) -> None:
 
 
 def write_entry(entry: Path, key: MapKey, sample_map: SampleMap) -> None:
-    """Store a map under its name, unless another process was faster."""
+    """Store a map under its name, unless another process was faster.
+
+    Nothing waits for the disk: what a power failure tears is damaged, and that is found on reading and built again.
+    """
     entry.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{entry.name}.", dir=entry.parent))
     try:
         description: dict[str, Any] = {"format": FORMAT, "key": _plain(key), "parts": {}}
         for part in PARTS:
             array = np.ascontiguousarray(getattr(sample_map, part))
-            with (scratch / f"{part}.npy").open("wb") as file:
-                np.save(file, array, allow_pickle=False)
-                file.flush()
-                os.fsync(file.fileno())
+            np.save(scratch / f"{part}.npy", array, allow_pickle=False)
             description["parts"][part] = {
                 "dtype": array.dtype.str,
                 "shape": list(array.shape),
                 "sha256": hashlib.sha256(array.data).hexdigest(),
             }
-        with (scratch / "map.json").open("w", encoding="utf-8") as text:
-            json.dump(description, text, indent=1)
-            text.flush()
-            os.fsync(text.fileno())
+        (scratch / "map.json").write_text(json.dumps(description, indent=1), encoding="utf-8")
         scratch.chmod(0o755)
         try:
             os.rename(scratch, entry)
         except OSError:
             if not entry.is_dir():
                 raise
-        sync_folder(entry.parent)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 

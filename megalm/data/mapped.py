@@ -1,7 +1,8 @@
 """Files mapped into memory for reading, without keeping a descriptor open for each.
 
 Python's mmap keeps a descriptor as long as the map lives, and so does numpy's memmap. A blend of 2,000 corpora maps
-10,000 files, while a process may often have no more than 1,024 descriptors; maps it may have 65,530.
+10,000 files, while a process may often have no more than 1,024 descriptors; maps it may have 65,530. Small files are
+read instead, which takes neither.
 """
 
 from __future__ import annotations
@@ -18,19 +19,20 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+SMALL_BYTES = 1 << 14
 _FAILED = ctypes.c_void_p(-1).value
 
 
 def map_file(path: str | Path) -> npt.NDArray[np.uint8]:
-    """The bytes of a file, read-only, for as long as the array or a view of it lives.
+    """The bytes of a file, read-only, mapped for as long as the array or a view of it lives.
 
     Raises: OSError if the file cannot be opened or mapped.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         num_bytes = os.fstat(descriptor).st_size
-        if num_bytes == 0:
-            return np.empty(0, np.uint8)
+        if num_bytes <= SMALL_BYTES:
+            return np.frombuffer(os.read(descriptor, num_bytes), np.uint8)
         return _map(descriptor, num_bytes, str(path))
     finally:
         os.close(descriptor)

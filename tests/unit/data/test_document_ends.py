@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from megalm.data.batches import make_batch
 from megalm.kernels import backend
-from megalm.kernels.attention.bias_cache import causal_mask
-from megalm.models.blocks.positions import absolute_positions, document_mask, document_numbers, document_positions
+from megalm.kernels.attention.masks import causal_mask, square_mask
+from megalm.models.blocks.positions import absolute_positions, document_positions, document_starts
 from megalm.models.gpt.build import build_model, choose_kernels, plan_gpt
 from megalm.models.gpt.plan import DocumentRules, GPTPlan
 from tests.unit.models import small
@@ -60,7 +60,7 @@ def test_each_flag_does_what_the_other_trainer_does(
     positions = plan.positions(tokens).expand(tokens.shape)
     hidden = causal_mask(len(tokens), CPU).expand(len(rows), 1, -1, -1)
     if plan.reset_attention:
-        hidden = hidden | document_mask(document_numbers(tokens, EOD))
+        hidden = hidden | square_mask(document_starts(tokens, EOD).t())
     for at, row in enumerate(rows):
         forbidden, loss_mask, expected = slow_masks(
             row[:-1],

@@ -16,7 +16,7 @@ def num_maps(path: Path) -> int:
 
 def test_many_files_are_mapped_with_few_descriptors(tmp_path: Path) -> None:
     path = tmp_path / "file"
-    path.write_bytes(bytes(range(250)) * 40)
+    path.write_bytes(bytes(range(250)) * 80)
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (200, limits[1]))
     try:
@@ -28,7 +28,7 @@ def test_many_files_are_mapped_with_few_descriptors(tmp_path: Path) -> None:
 
 def test_map_lives_as_long_as_a_view_of_it_and_no_longer(tmp_path: Path) -> None:
     path = tmp_path / "file"
-    path.write_bytes(bytes(range(200)))
+    path.write_bytes(bytes(range(200)) * 100)
     view = map_file(path)[10:].view("<u2")
     gc.collect()
     assert num_maps(path) == 1
@@ -38,12 +38,20 @@ def test_map_lives_as_long_as_a_view_of_it_and_no_longer(tmp_path: Path) -> None
     assert num_maps(path) == 0
 
 
-def test_maps_cannot_be_written(tmp_path: Path) -> None:
-    (tmp_path / "file").write_bytes(b"abc")
+@pytest.mark.parametrize("size", [3, 20_000])
+def test_maps_cannot_be_written(tmp_path: Path, size: int) -> None:
+    (tmp_path / "file").write_bytes(bytes(size))
     with pytest.raises(ValueError, match="read-only"):
         map_file(tmp_path / "file")[0] = 1
     with pytest.raises(ValueError, match="WRITEABLE"):
         map_file(tmp_path / "file").flags.writeable = True
+
+
+def test_small_files_take_no_map(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"abc")
+    assert map_file(path).tobytes() == b"abc"
+    assert num_maps(path) == 0
 
 
 def test_empty_and_absent_files(tmp_path: Path) -> None:
