@@ -32,6 +32,15 @@ class HeadInput(NamedTuple):
     x: Tensor
     weight: Tensor
 
+    @classmethod
+    def leaving_stage(cls, x: Tensor, weight: nn.Parameter) -> HeadInput:
+        """As the output of an engine's module, whose gradients a loss outside computes.
+
+        DeepSpeed (0.19) clears gradients in a hook on the outputs that have a history. The parameter itself has none:
+        its gradient, which comes first, would be cleared by the hook on x.
+        """
+        return cls(x, weight.view_as(weight))
+
 
 def head_loss(
     head: HeadInput,
@@ -70,7 +79,7 @@ class OutputEmbedding(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor | HeadInput:
         if self.fuses_loss:
-            return HeadInput(x, self.weight)
+            return HeadInput.leaving_stage(x, self.weight)
         return vocabulary_logits(x, self.weight, kernel=self.kernel, spread=self.spread)
 
 

@@ -94,7 +94,7 @@ def layer_list(plan: GPTPlan) -> list[Callable[..., Any] | LayerSpec]:
 
     def tied_head(module: EmbeddingPipe | TiedEmbeddingHead, x: Tensor) -> Tensor | HeadInput:
         if plan.kernels.head is not None:
-            return HeadInput(x, module.word_embeddings.weight)
+            return HeadInput.leaving_stage(x, module.word_embeddings.weight)
         return vocabulary_logits(x, module.word_embeddings.weight, kernel=plan.kernels.head_linear, spread=spread)
 
     tied = functools.partial(TiedLayerSpec, TIED_KEY, tied_weight_attr="word_embeddings.weight")
