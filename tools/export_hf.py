@@ -25,7 +25,9 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--tokenizer-name-or-path", help="tokenizer to put beside the model; default: the run's")
     result.add_argument("--no-tokenizer", action="store_true", help="write no tokenizer files")
     result.add_argument(
-        "--verify", action="store_true", help="compare logits and a greedy continuation with transformers' first"
+        "--verify",
+        action="store_true",
+        help="first compare logits, to 1e-5 in fp64, and a greedy continuation with transformers'",
     )
     result.add_argument(
         "--verify-by-layer",
@@ -38,6 +40,7 @@ def parser() -> argparse.ArgumentParser:
 
 def run(options: argparse.Namespace) -> None:
     """Find, check, export, prove, publish."""
+    from megalm.checkpoint.byte_line import ByteLine
     from megalm.checkpoint.export import Export, export_checkpoint, parse_size
     from megalm.checkpoint.find import find_checkpoint
     from megalm.checkpoint.identity import read_config
@@ -48,7 +51,9 @@ def run(options: argparse.Namespace) -> None:
         max_shard_bytes = parse_size(options.max_shard_size)
     except ValueError as error:
         raise CheckpointError(f"--max-shard-size {options.max_shard_size}: give a size such as 5GB") from error
-    checkpoint = find_checkpoint(options.load, step=options.step, warn=warn)
+    verifying, writing = ByteLine(sys.stderr, "verifying"), ByteLine(sys.stderr, "writing")
+    checkpoint = find_checkpoint(options.load, step=options.step, warn=warn, progress=verifying)
+    verifying.close()
     config = read_config(checkpoint)
     tokenizer = None
     if options.tokenizer_name_or_path is not None:
@@ -65,6 +70,7 @@ def run(options: argparse.Namespace) -> None:
         return tokenizer.eod_id
 
     def prove(export: Export) -> None:
+        writing.close()
         from megalm.checkpoint.proof import prove_export
         from megalm.checkpoint.proof_by_layer import fits_in_memory, prove_by_layer
         from megalm.checkpoint.proof_tokens import real_tokens
@@ -80,14 +86,14 @@ def run(options: argparse.Namespace) -> None:
         )
         num_parameters = sum(weight.numel for weight in weight_table(export.shape))
         if options.verify_by_layer or not fits_in_memory(num_parameters):
-            print(prove_by_layer(export.folder, checkpoint, tokens=tokens[:1], dtype=export.dtype))
+            print(f"verified: {prove_by_layer(export.folder, checkpoint, tokens=tokens[:1], dtype=export.dtype)}")
             return
         vocab_size = tokenizer.vocab_size if tokenizer is not None else export.shape.vocab_rows
         proof = prove_export(export.folder, checkpoint, tokens=tokens, vocab_size=vocab_size, dtype=export.dtype)
-        print(proof)
-        print(f"  megalm:       {proof.ours}\n  transformers: {proof.theirs}")
+        print(f"verified: {proof}")
         if tokenizer is not None:
-            print(f"generated text: {tokenizer.decode(proof.theirs)!r}")
+            prompt, continued = proof.theirs[: proof.num_prompt], proof.theirs[proof.num_prompt :]
+            print(f"  {tokenizer.decode(prompt)[-60:]!r} continues {tokenizer.decode(continued)!r}")
 
     export = export_checkpoint(
         checkpoint,
@@ -98,10 +104,11 @@ def run(options: argparse.Namespace) -> None:
         seq_length=config.data.seq_length if config is not None else None,
         prove=prove if options.verify or options.verify_by_layer else None,
         overwrite=options.overwrite,
-        progress=show_progress if sys.stderr.isatty() else None,
+        progress=lambda name, count, total: writing(count, total, name),
     )
     for name, size in export.drift.items():
         warn(f"copies of {name} differed by up to {size:.2e} from their mean, which was exported")
+    writing.close()
     elapsed = time.perf_counter() - started
     print(
         f"{checkpoint} -> {export.folder}: {export.family}, {export.num_bytes / 1e6:.1f} MB of weights in "
@@ -112,12 +119,6 @@ def run(options: argparse.Namespace) -> None:
 def warn(message: str) -> None:
     """Print a warning."""
     print(f"warning: {message}", file=sys.stderr)
-
-
-def show_progress(name: str, done: int, total: int) -> None:
-    """Redraw the progress line."""
-    end = "\n" if done == total else ""
-    print(f"\r{done / 1e6:9.1f} / {total / 1e6:.1f} MB  {name:<60.60}", end=end, file=sys.stderr, flush=True)
 
 
 def main(arguments: list[str]) -> int:

@@ -41,17 +41,22 @@ def open_model(options: argparse.Namespace) -> tuple[Any, Any, int | None]:
         tokenizer = tokenizer or open_tokenizer("PretrainedFromHF", path=str(options.load))
         return (lambda tokens: model(tokens).logits), tokenizer, getattr(model.config, "n_positions", None)
 
+    from megalm.checkpoint.byte_line import ByteLine
     from megalm.checkpoint.find import find_checkpoint
     from megalm.checkpoint.identity import read_config
     from megalm.checkpoint.standalone import load_model
 
-    checkpoint = find_checkpoint(options.load, step=options.step, warn=lambda text: print(text, file=sys.stderr))
+    line = ByteLine(sys.stderr, "verifying")
+    checkpoint = find_checkpoint(options.load, step=options.step, warn=warn, progress=line)
+    line.close()
     config = read_config(checkpoint)
     if tokenizer is None:
         if config is None:
             raise CheckpointError(f"{checkpoint} does not name its tokenizer\n  give --tokenizer-name-or-path")
         tokenizer = build_tokenizer(config.data, vocab_size=config.model.vocab_size)
-    own = load_model(checkpoint)
+    reading = ByteLine(sys.stderr, "reading")
+    own = load_model(checkpoint, progress=reading)
+    reading.close()
     return own, tokenizer, own.plan.shape.num_positions
 
 
@@ -74,6 +79,11 @@ def run(options: argparse.Namespace) -> None:
         stop_id=tokenizer.eod_id,
     )
     print(tokenizer.decode(continued))
+
+
+def warn(message: str) -> None:
+    """Print a warning."""
+    print(f"warning: {message}", file=sys.stderr)
 
 
 def main(arguments: list[str]) -> int:

@@ -24,27 +24,24 @@ def parser() -> argparse.ArgumentParser:
     return result
 
 
-def show_progress(name: str, number: int, total: int) -> None:
-    """Redraw the progress line."""
-    end = "\n" if number == total else ""
-    print(f"\r{number:5} / {total} weights  {name:<60.60}", end=end, file=sys.stderr, flush=True)
-
-
 def main(arguments: list[str]) -> int:
     """Run the tool and return its exit code."""
     options = parser().parse_args(arguments)
     started = time.perf_counter()
     try:
+        from megalm.checkpoint.byte_line import ByteLine
         from megalm.checkpoint.importing import import_folder
 
+        line = ByteLine(sys.stderr, "importing")
         result = import_folder(
             options.model,
             options.save,
             tp_size=options.tensor_model_parallel_size,
             pp_size=options.pipeline_model_parallel_size,
             dtype=options.dtype,
-            progress=show_progress if sys.stderr.isatty() else None,
+            progress=lambda name, count, total: line(count, total, name),
         )
+        line.close()
     except MegalmError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return error.exit_code

@@ -62,10 +62,13 @@ def describe(checkpoint: Path) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Describe, list, compare."""
+    from megalm.checkpoint.byte_line import ByteLine
     from megalm.checkpoint.comparison import tensor_differences, tensor_reports
     from megalm.checkpoint.find import find_checkpoint
 
-    checkpoint = find_checkpoint(options.load, step=options.step, warn=warn)
+    line = ByteLine(sys.stderr, "verifying")
+    checkpoint = find_checkpoint(options.load, step=options.step, warn=warn, progress=line)
+    line.close()
     describe(checkpoint)
     with_optimizer = not options.weights_only
     if options.norms:
@@ -73,14 +76,22 @@ def run(options: argparse.Namespace) -> int:
             print(f"  {report.norm:12.6g}  {report.dtype:<9}{list(report.shape)!s:<16}{report.name}")
     if options.diff is None:
         return 0
-    other = find_checkpoint(options.diff, warn=warn)
+    other = find_checkpoint(options.diff, warn=warn, progress=line)
+    line.close()
     describe(other)
     different = 0
-    for difference in tensor_differences(checkpoint, other, optimizer=with_optimizer):
+    comparing = ByteLine(sys.stderr, "comparing")
+
+    def progress(name: str, count: int) -> None:
+        comparing(count, 0, name)
+
+    for difference in tensor_differences(checkpoint, other, optimizer=with_optimizer, progress=progress):
         different += 1
+        comparing.pause()
         print(
             f"  differs by up to {difference.largest:.3e} (relative norm {difference.relative:.3e})  {difference.name}"
         )
+    comparing.close()
     print("every tensor is bit-equal" if different == 0 else f"{different} tensors differ")
     return 0 if different == 0 else 1
 

@@ -29,22 +29,15 @@ def parser() -> argparse.ArgumentParser:
 
 def run(options: argparse.Namespace) -> bool:
     """Inspect each checkpoint; returns whether all are whole."""
+    from megalm.checkpoint.byte_line import ByteLine
     from megalm.checkpoint.inspection import inspect_checkpoint
 
     whole = True
     for folder in chosen_checkpoints(options.load, options.step):
         started = time.perf_counter()
-        shown = [0.0, 0.0]
-
-        def progress(count: int, folder: Path = folder, shown: list[float] = shown) -> None:
-            shown[0] += count
-            if time.perf_counter() - shown[1] > 0.1:
-                shown[1] = time.perf_counter()
-                print(f"\r{folder.name}: {shown[0] / 1e6:.1f} MB hashed", end="", file=sys.stderr, flush=True)
-
-        result = inspect_checkpoint(
-            folder, hashes_only=options.hashes_only, progress=progress if sys.stderr.isatty() else None
-        )
+        line = ByteLine(sys.stderr, folder.name)
+        result = inspect_checkpoint(folder, hashes_only=options.hashes_only, progress=line)
+        line.close()
         elapsed = time.perf_counter() - started
         whole = whole and not result.problems
         verdict = "whole" if not result.problems else f"{len(result.problems)} problems"

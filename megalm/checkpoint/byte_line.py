@@ -33,11 +33,15 @@ class ByteLine:
             self._stream.write("\r\x1b[K" + self._text(total, now - self._started, what))
             self._stream.flush()
 
-    def close(self) -> None:
-        """Leave the line empty."""
+    def pause(self) -> None:
+        """Leave the line empty, for something else to be printed there."""
         if self._terminal and self._shown_at:
             self._stream.write("\r\x1b[K")
             self._stream.flush()
+
+    def close(self) -> None:
+        """Leave the line empty, and begin anew."""
+        self.pause()
         self._shown_at, self._done, self._started = 0.0, 0, time.monotonic()
 
     def _text(self, total: int, seconds: float, what: str) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,10 +41,13 @@ def tensor_reports(checkpoint: Path, *, optimizer: bool = True) -> Iterator[Tens
         yield TensorReport(name, dtype, tuple(tensor.shape), tensor.double().norm().item())
 
 
-def tensor_differences(first: Path, second: Path, *, optimizer: bool = True) -> Iterator[TensorDifference]:
+def tensor_differences(
+    first: Path, second: Path, *, optimizer: bool = True, progress: Callable[[str, int], None] | None = None
+) -> Iterator[TensorDifference]:
     """The tensors that are not bit-equal. Holds one layer of each at a time.
 
     Both must be of models with the same number of layers and the same kinds of weights, or tensors are missing.
+    `progress` receives the name of each tensor that was compared, and its bytes.
     """
     left = _tensors(open_checkpoint(first), optimizer=optimizer)
     right = _tensors(open_checkpoint(second), optimizer=optimizer)
@@ -52,6 +55,8 @@ def tensor_differences(first: Path, second: Path, *, optimizer: bool = True) -> 
     while ours is not None or theirs is not None:
         if ours is not None and theirs is not None and ours[0] == theirs[0]:
             difference = _difference(ours[0], ours[1], theirs[1])
+            if progress is not None:
+                progress(ours[0], ours[1].nbytes)
             if difference is not None:
                 yield difference
             ours, theirs = next(left, None), next(right, None)

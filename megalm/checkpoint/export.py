@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from queue import Queue
 from typing import Any
 
 import torch
@@ -13,10 +14,10 @@ from torch import Tensor
 
 from megalm.checkpoint import layout
 from megalm.checkpoint.durable import FileRecord, make_folder, remove_folder, rename, sync_folder, write_text
-from megalm.checkpoint.huggingface import Renamed, family_of, model_config, renamed
+from megalm.checkpoint.huggingface import Renamed, family_of, model_config, renamed, unchanged
 from megalm.checkpoint.manifest import hash_file
 from megalm.checkpoint.merge import LayerFiles
-from megalm.checkpoint.safetensors_file import Entry, write_safetensors
+from megalm.checkpoint.safetensors_file import Bytes, Entry, write_safetensors
 from megalm.checkpoint.source import open_checkpoint
 from megalm.errors import CheckpointError
 from megalm.models.gpt.shape import GPTShape
@@ -27,7 +28,7 @@ _DTYPE_WORDS = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.floa
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 Progress = Callable[[str, int, int], None]
-"""Called with a weight's name, the bytes written so far, and the bytes in all."""
+"""Called with a weight's name, its bytes, and the bytes in all."""
 
 
 @dataclass
@@ -120,7 +121,8 @@ def _check_destination(destination: Path, *, overwrite: bool) -> None:
 
 
 def _stored_dtype(layers: LayerFiles) -> torch.dtype:
-    first = next(iter(layers.iterate()))[1].dtype
+    weight = weight_table(layers.shape)[0]
+    first = layers.part(weight, layers.read_layer(weight.layer)[0], 0).dtype
     if first not in _DTYPE_WORDS:
         raise CheckpointError(f"{layers.folder} holds weights of {first}\n  choose one with --dtype")
     return first
@@ -139,13 +141,20 @@ def _write_weights(
 ) -> None:
     shards = _shards(planned, max_shard_bytes)
     total = sum(plan.entry.num_bytes for plan in planned)
-    source = layers.iterate()
+    source = _Source(layers, max((plan.entry.num_bytes for plan in planned), default=0))
     weight_map = {}
+
+    def pieces(shard: list[_Planned]) -> Iterator[Iterator[Bytes]]:
+        for plan in shard:
+            yield source.pieces(plan)
+            export.num_bytes += plan.entry.num_bytes
+            if progress is not None:
+                progress(plan.entry.name, plan.entry.num_bytes, total)
+
     for number, shard in enumerate(shards, start=1):
         single = len(shards) == 1
         name = "model.safetensors" if single else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        tensors = _converted(shard, source, export, total=total, progress=progress)
-        export.files.append(write_safetensors(export.folder / name, [plan.entry for plan in shard], tensors))
+        export.files.append(write_safetensors(export.folder / name, [plan.entry for plan in shard], pieces(shard)))
         weight_map.update({plan.entry.name: name for plan in shard})
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
@@ -153,21 +162,51 @@ def _write_weights(
         export.files.append(write_text(export.folder / "model.safetensors.index.json", text))
 
 
-def _converted(
-    shard: list[_Planned],
-    source: Iterator[tuple[Weight, Tensor]],
-    export: Export,
-    *,
-    total: int,
-    progress: Progress | None,
-) -> Iterator[Tensor]:
-    for plan in shard:
-        weight, tensor = next(source)
-        assert weight == plan.weight, (weight, plan.weight)
-        yield plan.renamed.to_hf(tensor).to(plan.entry.dtype)
-        export.num_bytes += plan.entry.num_bytes
-        if progress is not None:
-            progress(plan.entry.name, export.num_bytes, total)
+class _Source:
+    """The weights of a checkpoint in the bytes of an export; one layer's files are open at a time.
+
+    Bytes that only move are handed on where they lie in their file. Others are made in one of two buffers, each as
+    large as the largest weight, while the one before is being written.
+    """
+
+    def __init__(self, layers: LayerFiles, buffer_bytes: int) -> None:
+        self._layers = layers
+        self._shards: tuple[int, list[dict[str, Any]]] = (-1, [])
+        self._buffer_bytes = buffer_bytes
+        self._free: Queue[Tensor | None] = Queue()
+        for _ in range(2):
+            self._free.put(None)
+
+    def pieces(self, plan: _Planned) -> Iterator[Bytes]:
+        """One weight under its new name, in its new form."""
+        weight = plan.weight
+        if self._shards[0] != weight.layer:
+            self._shards = (weight.layer, self._layers.read_layer(weight.layer))
+        shards = self._shards[1]
+        moved = plan.renamed.to_hf is unchanged
+        parts = [self._layers.part(weight, state, rank) for rank, state in enumerate(shards)]
+        if weight.partition_dim is None and len(parts) > 1:
+            parts = [self._layers.merge(weight, shards)]
+        cut = len(parts) > 1
+        if moved and parts[0].dtype == plan.entry.dtype and (not cut or weight.partition_dim == 0):
+            yield from (Bytes(part.contiguous()) for part in parts)
+            return
+        target, release = self._buffer(plan.entry)
+        if moved and cut and weight.partition_dim is not None:
+            for part, place in zip(parts, target.chunk(len(parts), weight.partition_dim), strict=True):
+                place.copy_(part)
+        else:
+            whole = torch.cat(parts, dim=weight.partition_dim or 0) if cut else parts[0]
+            target.copy_(plan.renamed.to_hf(whole))
+        yield Bytes(target, release)
+
+    def _buffer(self, entry: Entry) -> tuple[Tensor, Callable[[], None]]:
+        """Room for one weight, once an earlier one has left it."""
+        buffer = self._free.get()
+        if buffer is None:
+            buffer = torch.empty(self._buffer_bytes, dtype=torch.uint8)
+        owned = buffer
+        return buffer[: entry.num_bytes].view(entry.dtype).view(entry.shape), lambda: self._free.put(owned)
 
 
 def _shards(planned: list[_Planned], max_shard_bytes: int) -> list[list[_Planned]]:

@@ -109,9 +109,9 @@ class Renamed:
 def renamed(weight: Weight, shape: GPTShape, *, family: str) -> Renamed:
     """The Hugging Face form of one weight of the causal language model."""
     if family == BLOOM:
-        return Renamed(f"transformer.{weight.name}", weight.shape, _same, _same)
+        return Renamed(f"transformer.{weight.name}", weight.shape, unchanged, unchanged)
     if weight.layer == 1 or weight.name in ("lm_head.weight", "ln_f.weight", "ln_f.bias"):
-        return Renamed(_GPT2_OUTER[weight.name], weight.shape, _same, _same)
+        return Renamed(_GPT2_OUTER[weight.name], weight.shape, unchanged, unchanged)
     _, block, key = weight.name.split(".", 2)
     module, kind = key.rsplit(".", 1)
     name = f"transformer.h.{block}.{_GPT2_INNER[module]}.{kind}"
@@ -119,7 +119,7 @@ def renamed(weight: Weight, shape: GPTShape, *, family: str) -> Renamed:
         return _fused_qkv(name, weight, shape)
     if len(weight.shape) == 2:
         return Renamed(name, (weight.shape[1], weight.shape[0]), _transposed, _transposed)
-    return Renamed(name, weight.shape, _same, _same)
+    return Renamed(name, weight.shape, unchanged, unchanged)
 
 
 _GPT2_OUTER = {
@@ -155,7 +155,8 @@ def _fused_qkv(name: str, weight: Weight, shape: GPTShape) -> Renamed:
     return Renamed(name, (*rest, weight.shape[0]), to_hf, from_hf)
 
 
-def _same(tensor: Tensor) -> Tensor:
+def unchanged(tensor: Tensor) -> Tensor:
+    """The values as they are: nothing is renamed but the name."""
     return tensor
 
 

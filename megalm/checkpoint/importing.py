@@ -40,7 +40,7 @@ TOKENIZER_FILES = (
 _BUFFERS = re.compile(r"h\.\d+\.attn\.(masked_)?bias")
 
 Progress = Callable[[str, int, int], None]
-"""Called with a weight's name, its number, and how many there are."""
+"""Called with a weight's name, its bytes in fp32, and the bytes in all."""
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,8 @@ def _converted(
     weights: ForeignWeights, shape: GPTShape, *, family: str, dtype: str | None, progress: Progress | None
 ) -> Iterator[tuple[Weight, Tensor]]:
     table = weight_table(shape)
-    for number, weight in enumerate(table, start=1):
+    total = 4 * sum(weight.numel for weight in table)
+    for weight in table:
         form = renamed(weight, shape, family=family)
         tensor = weights.read(form.name.removeprefix("transformer."))
         if tuple(tensor.shape) != form.shape or not tensor.is_floating_point():
@@ -154,7 +155,7 @@ def _converted(
         own = form.from_hf(tensor)
         yield weight, own if dtype is None else own.to(DTYPES[dtype])
         if progress is not None:
-            progress(weight.name, number, len(table))
+            progress(weight.name, 4 * weight.numel, total)
 
 
 def _write_preset(source: Path, destination: Path, foreign: ForeignModel) -> Path:

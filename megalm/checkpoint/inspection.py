@@ -27,11 +27,12 @@ class Inspection:
 
 
 def inspect_checkpoint(
-    folder: Path, *, hashes_only: bool = False, progress: Callable[[int], None] | None = None
+    folder: Path, *, hashes_only: bool = False, progress: Callable[[int, int], None] | None = None
 ) -> Inspection:
     """Check hashes against the manifest, then tensors for values that are not finite, shapes, and replica drift.
 
-    Reads without running anything in the files; holds one layer's or one file's tensors at a time.
+    Reads without running anything in the files; holds one layer's or one file's tensors at a time. `progress` receives
+    the bytes of each step of the work, and those of all of it: every file is hashed, and those of tensors read again.
     """
     result = Inspection()
     try:
@@ -40,21 +41,25 @@ def inspect_checkpoint(
         result.problems.append(str(error))
         return result
     result.num_files, result.num_bytes = len(manifest.files), manifest.total_bytes
-    result.problems += verify(folder, manifest, progress=progress)
+    to_read = [] if hashes_only else [record for record in manifest.files if record.name.endswith(".pt")]
+    total = result.num_bytes + sum(record.bytes for record in to_read)
+
+    def advance(count: int) -> None:
+        if progress is not None:
+            progress(count, total)
+
+    result.problems += verify(folder, manifest, progress=advance)
     listed = {record.name for record in manifest.files} | {layout.MANIFEST}
-    result.remarks += [
-        f"{path.name} is not in the manifest; nothing reads it"
-        for path in sorted(folder.iterdir())
-        if path.name not in listed
-    ]
+    found = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir())
+    result.remarks += [f"{name} is not in the manifest; nothing reads it" for name in found if name not in listed]
     if result.problems or hashes_only:
         return result
-    for record in manifest.files:
-        if record.name.endswith(".pt"):
-            try:
-                _check_values(folder / record.name, result)
-            except CheckpointError as error:
-                result.problems.append(str(error))
+    for record in to_read:
+        try:
+            _check_values(folder / record.name, result)
+        except CheckpointError as error:
+            result.problems.append(str(error))
+        advance(record.bytes)
     try:
         layers = open_checkpoint(folder).layers
         for _ in layers.iterate():

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from megalm.checkpoint.foreign import ForeignWeights
 from megalm.checkpoint.huggingface import BLOOM, family_of, renamed
 from megalm.checkpoint.identity import stored_model
-from megalm.checkpoint.proof import LOGIT_TOLERANCE
+from megalm.checkpoint.proof import LOGIT_TOLERANCE, Widened
 from megalm.checkpoint.source import open_checkpoint
 from megalm.errors import CheckpointError
 from megalm.models.blocks.block import ParallelTransformerLayer
@@ -34,18 +34,18 @@ class LayerProof:
     num_tokens: int
     num_layers: int
     largest_difference: float
-    """Of an activation or logit, as a share of the layer's largest one where that is above 1."""
+    """Of an activation or a logit, absolute."""
     worst_layer: str
 
     def __str__(self) -> str:
         return (
-            f"{self.num_layers} layers and the logits of {self.num_tokens} tokens differ by at most "
-            f"{self.largest_difference:.1e} of the largest value, in {self.worst_layer}"
+            f"{self.num_layers} layers and the logits of {self.num_tokens} tokens equal transformers' to "
+            f"{self.largest_difference:.1e}, the worst in {self.worst_layer}"
         )
 
 
 class _Comparison:
-    """Both sides of an export, layer by layer, in fp32. The trainer's activations are fed to both."""
+    """Both sides of an export, layer by layer, in fp64. The trainer's activations are fed to both."""
 
     def __init__(self, folder: Path, checkpoint: Path, *, dtype: torch.dtype) -> None:
         from transformers import AutoConfig
@@ -64,13 +64,13 @@ class _Comparison:
         """One layer of the checkpoint, by the key in its file, rounded as the export is."""
         shards = self._layers.read_layer(layer)
         table = [weight for weight in weight_table(self.shape) if weight.layer == layer]
-        return {weight.key: self._layers.merge(weight, shards).to(self._dtype).float() for weight in table}
+        return {weight.key: self._layers.merge(weight, shards).to(self._dtype).double() for weight in table}
 
     def their_weights(self, layer: int) -> dict[str, Tensor]:
         """The same layer of the export, by Hugging Face's name without `transformer.`."""
         table = [weight for weight in weight_table(self.shape) if weight.layer == layer]
         names = [self._name(weight) for weight in table]
-        return {name: self._theirs.read(name).float() for name in names}
+        return {name: self._theirs.read(name).double() for name in names}
 
     def _name(self, weight: Weight) -> str:
         return renamed(weight, self.shape, family=self._family).name.removeprefix("transformer.")
@@ -83,24 +83,23 @@ class _Comparison:
         config.n_layer = num_layers
         config.vocab_size = vocab_rows
         config.bos_token_id = config.eos_token_id = config.pad_token_id = None
-        model = AutoModel.from_config(config, trust_remote_code=False).float().eval()
+        model = AutoModel.from_config(config, trust_remote_code=False).double().eval()
         model.ln_f = nn.Identity()
         return model
 
     def compare(self, where: str, ours: Tensor, theirs: Tensor) -> None:
         """Note the difference, or refuse it."""
-        largest = max(1.0, ours.abs().max().item())
-        difference = (ours - theirs).abs().max().item() / largest
+        difference = (ours - theirs).abs().max().item()
         if not difference <= LOGIT_TOLERANCE:
             raise CheckpointError(
-                f"the export's {where} differs from the trainer's by {difference:.3e} of the largest value, more than "
+                f"the export's {where} differs from the trainer's by {difference:.3e} in fp64, more than "
                 f"{LOGIT_TOLERANCE:.0e}\n  nothing was published; this is a defect of the export"
             )
         self.worst = max(self.worst, (difference, where))
 
     def embedding(self, tokens: Tensor) -> Tensor:
         """Compare what enters the first block. Shapes: [b, s] -> [s, b, h]."""
-        own = GPTEmbedding(**self.plan.embedding_arguments()).eval()
+        own = GPTEmbedding(**self.plan.embedding_arguments()).double().eval()
         own.load_state_dict(self.own_weights(EMBEDDING_LAYER))
         x: Tensor = own(tokens.t(), self.plan.positions(tokens.t()))
         del own
@@ -111,7 +110,7 @@ class _Comparison:
 
     def blocks(self, x: Tensor, progress: Progress | None) -> Tensor:
         """Compare every block on the trainer's activations. Shapes: [s, b, h] -> the same."""
-        own = ParallelTransformerLayer(**self.plan.block_arguments()).eval()
+        own = ParallelTransformerLayer(**self.plan.block_arguments()).double().eval()
         theirs = self.their_model(num_layers=1, vocab_rows=1)
         if self._family == BLOOM:
             theirs.word_embeddings_layernorm = nn.Identity()
@@ -132,7 +131,7 @@ class _Comparison:
     def logits(self, x: Tensor) -> None:
         """Compare the logits, one position at a time. Shapes: [s, b, h]."""
         final = self.shape.num_layers + 4
-        norm = LayerNorm(**self.plan.final_norm_arguments()).eval()
+        norm = LayerNorm(**self.plan.final_norm_arguments()).double().eval()
         norm.load_state_dict(self.own_weights(final))
         head = EMBEDDING_LAYER if self.shape.tie_embeddings else head_layer(self.shape)
         own_key = "word_embeddings.weight" if self.shape.tie_embeddings else "weight"
@@ -151,24 +150,25 @@ class _Comparison:
 def prove_by_layer(
     folder: Path, checkpoint: Path, *, tokens: Tensor, dtype: torch.dtype, progress: Progress | None = None
 ) -> LayerProof:
-    """Compare transformers' layers with weights of `folder` to megalm's with those of `checkpoint`, all in fp32.
+    """Compare transformers' layers with weights of `folder` to megalm's with those of `checkpoint`, all in fp64.
 
     Weaker than `prove_export` in one point: transformers' own chaining of the layers is not run, nor its generation.
     Raises: CheckpointError if an activation or a logit differs by more than LOGIT_TOLERANCE.
     """
     comparison = _Comparison(folder, checkpoint, dtype=dtype)
-    x = comparison.embedding(tokens)
-    x = comparison.blocks(x, progress)
-    comparison.logits(x)
+    with Widened():
+        x = comparison.embedding(tokens)
+        x = comparison.blocks(x, progress)
+        comparison.logits(x)
     difference, where = comparison.worst
     return LayerProof(tokens.numel(), comparison.shape.num_layers, difference, where)
 
 
 def fits_in_memory(num_parameters: int, *, available_bytes: int | None = None) -> bool:
-    """Whether two fp32 copies of a model leave a quarter of the free memory."""
+    """Whether two fp64 copies of a model, one of them beside its fp32 original, leave a quarter of the free memory."""
     if available_bytes is None:
         available_bytes = _available_bytes()
-    return 2 * 4 * num_parameters <= 0.75 * available_bytes
+    return (2 * 8 + 4) * num_parameters <= 0.75 * available_bytes
 
 
 def _available_bytes() -> int:

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from megalm.checkpoint.durable import FileRecord, HashingFile, write_file
+from megalm.checkpoint.durable import FileRecord
+from megalm.checkpoint.stream import StreamedFile
 
 DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
@@ -34,20 +35,33 @@ class Entry:
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
-def write_safetensors(path: Path, entries: list[Entry], tensors: Iterable[Tensor]) -> FileRecord:
-    """Create a file of `entries`, whose data `tensors` yields in the same order. Holds one tensor at a time.
+@dataclass(frozen=True)
+class Bytes:
+    """Part of a tensor's data, contiguous; `release` is called when they are needed no more."""
 
+    tensor: Tensor
+    release: Callable[[], None] | None = None
+
+
+def write_safetensors(path: Path, entries: list[Entry], pieces: Iterable[Iterable[Bytes]]) -> FileRecord:
+    """Create a file of `entries`; `pieces` yields, in the same order, the parts that each one's data concatenate from.
+
+    Holds what `StreamedFile` does.
     Raises: ValueError if a tensor is not the one that was announced.
     """
-
-    def produce(file: HashingFile) -> None:
-        file.write(_header(entries))
-        for entry, tensor in zip(entries, tensors, strict=True):
-            if tuple(tensor.shape) != entry.shape or tensor.dtype != entry.dtype:
-                raise ValueError(f"{entry} was announced, {tuple(tensor.shape)} {tensor.dtype} came")
-            file.write(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
-
-    return write_file(path, produce)
+    with StreamedFile(path) as file:
+        file.put(memoryview(_header(entries)))
+        for entry, parts in zip(entries, pieces, strict=True):
+            written = 0
+            for part in parts:
+                if part.tensor.dtype != entry.dtype:
+                    raise ValueError(f"{entry} was announced, {part.tensor.dtype} came")
+                data = part.tensor.view(-1).view(torch.uint8).numpy().data
+                written += data.nbytes
+                file.put(data, part.release)
+            if written != entry.num_bytes:
+                raise ValueError(f"{entry} was announced, {written} bytes came")
+    return file.record
 
 
 def _header(entries: list[Entry]) -> bytes:

@@ -16,18 +16,28 @@ from megalm.models.gpt.model import GPT
 from megalm.models.gpt.weights import named_in_model
 
 
-def load_model(checkpoint: Path, *, dtype: torch.dtype = torch.float32, rounded_to: torch.dtype | None = None) -> GPT:
+def load_model(
+    checkpoint: Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    rounded_to: torch.dtype | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> GPT:
     """The model of a checkpoint on the CPU, in evaluation mode. Needs no torch.distributed.
 
-    With `rounded_to`, weights go through that dtype on their way, as an export in it makes them.
+    With `rounded_to`, weights go through that dtype on their way, as an export in it makes them. `progress` receives
+    the bytes of each weight, and those of all in fp32.
     Raises: CheckpointError if the checkpoint is damaged.
     """
     source = open_checkpoint(checkpoint)
     model = GPT(plan_gpt(stored_model(source.manifest, path=checkpoint))).eval()
     parameters = dict(named_in_model(model, model.plan.shape))
+    num_elements = sum(parameter.numel() for parameter in parameters.values())
     with torch.no_grad():
         for weight, tensor in source.layers.iterate():
             parameters[weight.name].copy_(tensor.to(rounded_to) if rounded_to is not None else tensor)
+            if progress is not None:
+                progress(4 * weight.numel, 4 * num_elements)
     model.requires_grad_(False)
     return model.to(dtype)
 
@@ -61,7 +71,8 @@ def continue_tokens(
     result = list(tokens)
     for _ in range(num_new):
         seen = result if max_length is None else result[-max_length:]
-        last = logits(torch.tensor([seen]))[0, -1, :vocab_size].float()
+        last = logits(torch.tensor([seen]))[0, -1, :vocab_size]
+        last = last.to(torch.promote_types(last.dtype, torch.float32))
         result.append(_choose(last, sampling, generator))
         if result[-1] == stop_id:
             break
