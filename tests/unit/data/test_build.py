@@ -5,21 +5,27 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from megalm.config.data import DataConfig
+from megalm.data.blend import normalised
 from megalm.data.build import build_datasets
 from megalm.data.gpt_dataset import GPTDataset
 from megalm.data.indexed import IndexedDataset
 from megalm.data.indexed_writer import IndexedWriter
+from megalm.data.order import ORDERS
 from megalm.errors import DataError
 from tests.support.token_files import write_by_description
+from tests.unit.data.test_blend import slow_order
+from tests.unit.data.test_sample_map import slow_maps
 
 NUM_SAMPLES = {"train": 120, "valid": 16, "test": 4}
 
 
 def corpus(folder: Path, name: str, base: int = 0, documents: int = 200) -> str:
     draw = np.random.default_rng(base)
-    with IndexedWriter(folder / name, "u2") as writer:
+    with IndexedWriter(folder / name, "u2", overwrite=True) as writer:
         for _ in range(documents):
             writer.add_document(base + draw.integers(0, 1000, draw.integers(1, 40)))
     return str(folder / name)
@@ -63,6 +69,42 @@ def test_blend_draws_from_each_corpus_by_weight(tmp_path: Path) -> None:
     built = build_datasets(DataConfig(data_path=words, seq_length=16), num_samples=NUM_SAMPLES, seed=1)
     from_a = sum(int(built.train[i].max()) < 20_000 for i in range(len(built.train)))
     assert (len(built.train), from_a) == (120, 30)
+
+
+@given(
+    weights=st.lists(st.floats(0.05, 5.0), min_size=2, max_size=4),
+    num_samples=st.integers(1, 90),
+    order=st.sampled_from(["bigscience", "megatron-core"]),
+)
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_blend_equals_the_slow_version_sample_for_sample(
+    tmp_path: Path, weights: list[float], num_samples: int, order: str
+) -> None:
+    """Dealt one by one by the largest deficit, each corpus cut from a stream for as many as its share."""
+    names = [corpus(tmp_path, "abcd"[i], base=1000 * i, documents=20 + 30 * i) for i in range(len(weights))]
+    words = tuple(word for weight, name in zip(weights, names, strict=True) for word in (repr(weight), name))
+    data = DataConfig(data_path=words, seq_length=16, split="1,0,0", sample_order=order)
+    built = build_datasets(data, num_samples={"train": num_samples}, seed=9).train
+    shares = normalised(weights)
+    dealt = slow_order(shares, num_samples)
+    streams, maps = [], []
+    for i, name in enumerate(names):
+        indexed = IndexedDataset(name)
+        asked = max(ORDERS[order].share(num_samples, shares[i]), dealt.count(i))
+        documents, _, shuffled = slow_maps(
+            indexed.lengths.tolist(),
+            0,
+            len(indexed),
+            num_samples=asked,
+            seq_length=16,
+            seed=9,
+            threshold=ORDERS[order].final_epoch_share,
+        )
+        streams.append(np.concatenate([indexed.get(document) for document in documents]))
+        maps.append(iter(shuffled))
+    for number, i in enumerate(dealt):
+        at = next(maps[i]) * 16
+        assert built[number].tolist() == streams[i][at : at + 17].tolist()
 
 
 def test_several_named_validation_sets(tmp_path: Path) -> None:

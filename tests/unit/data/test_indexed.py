@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megalm.data.indexed import IndexedDataset, best_dtype
+from megalm.data.indexed import DTYPE_CODES, IndexedDataset, best_dtype
 from megalm.data.indexed_writer import IndexedWriter
 from megalm.errors import DataError
 from tests.support.damaged_corpora import DOCUMENTS, INDEX_FAULTS
@@ -21,26 +21,39 @@ def prefix(tmp_path: Path) -> Path:
     return tmp_path / "corpus"
 
 
-documents = st.lists(
-    st.lists(st.lists(st.integers(0, 60_000), min_size=1, max_size=5), min_size=1, max_size=3), max_size=6
-)
+LARGEST = {1: 255, 2: 127, 3: 2**15 - 1, 4: 2**31 - 1, 5: 2**63 - 1, 8: 2**16 - 1}
+"""Dtype codes of the format that mean integers, and the largest id of each."""
 
 
-@given(documents)
-@settings(max_examples=25, deadline=None)
-def test_what_we_write_an_independent_reader_reads(tmp_path_factory: pytest.TempPathFactory, docs: list) -> None:
+@st.composite
+def corpora(draw: st.DrawFn) -> tuple[int, list[list[list[int]]]]:
+    """A dtype code, and documents of sentences of ids that fit it."""
+    code = draw(st.sampled_from(sorted(LARGEST)))
+    ids = st.one_of(st.integers(0, LARGEST[code]), st.sampled_from([0, LARGEST[code]]))
+    sentence = st.lists(ids, min_size=1, max_size=5)
+    return code, draw(st.lists(st.lists(sentence, min_size=1, max_size=3), max_size=6))
+
+
+@given(corpora())
+@settings(max_examples=60, deadline=None)
+def test_what_we_write_an_independent_reader_reads(
+    tmp_path_factory: pytest.TempPathFactory, corpus: tuple[int, list]
+) -> None:
+    code, docs = corpus
     prefix = tmp_path_factory.mktemp("w") / "corpus"
-    with IndexedWriter(prefix, "u2") as writer:
+    with IndexedWriter(prefix, DTYPE_CODES[code]) as writer:
         for document in docs:
             writer.add_sentences(document)
     assert read_by_description(prefix) == docs
+    assert Path(f"{prefix}.idx").read_bytes()[17] == code
 
 
-@given(documents, st.sampled_from([4, 5, 8]))
-@settings(max_examples=25, deadline=None)
+@given(corpora())
+@settings(max_examples=60, deadline=None)
 def test_what_an_independent_writer_writes_we_read(
-    tmp_path_factory: pytest.TempPathFactory, docs: list, code: int
+    tmp_path_factory: pytest.TempPathFactory, corpus: tuple[int, list]
 ) -> None:
+    code, docs = corpus
     prefix = tmp_path_factory.mktemp("r") / "corpus"
     write_by_description(prefix, docs, code=code)
     indexed = IndexedDataset(prefix)

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from megalm.data.order import BIGSCIENCE, MEGATRON_CORE, ORDERS
+from megalm.data.order import BIGSCIENCE, MEGATRON_CORE, ORDERS, Order
 from megalm.data.sample_map import build_sample_map
 from megalm.errors import DataError
 
@@ -83,6 +83,42 @@ def test_maps_equal_the_slow_version_element_for_element(lengths, cut, num_sampl
     assert [tuple(row) for row in found.samples.tolist()] == samples
     assert found.shuffle.tolist() == dealt
     assert found.num_samples >= num_samples
+
+
+@given(
+    lengths=st.lists(st.one_of(st.integers(0, 2**31 - 1), st.just(2**31 - 1)), min_size=1, max_size=8),
+    seq_length=st.integers(2**24, 2**32),
+    num_samples=st.integers(1, 40),
+    seed=st.integers(0, 2**32 - 1),
+    order=st.sampled_from([BIGSCIENCE, MEGATRON_CORE]),
+)
+@example(lengths=[2**31 - 1] * 3, seq_length=2**30, num_samples=11, seed=1, order=BIGSCIENCE)
+@settings(max_examples=60, deadline=None)
+def test_maps_of_more_tokens_than_32_bits_count_equal_the_slow_version(
+    lengths: list[int], seq_length: int, num_samples: int, seed: int, order: Order
+) -> None:
+    if num_samples * seq_length > 200 * sum(lengths):
+        return
+    found = build_sample_map(
+        np.array(lengths, np.int32),
+        (0, len(lengths)),
+        num_samples=num_samples,
+        seq_length=seq_length,
+        seed=seed,
+        order=order,
+    )
+    documents, samples, dealt = slow_maps(
+        lengths,
+        0,
+        len(lengths),
+        num_samples=num_samples,
+        seq_length=seq_length,
+        seed=seed,
+        threshold=order.final_epoch_share,
+    )
+    assert found.documents.tolist() == documents
+    assert [tuple(row) for row in found.samples.tolist()] == samples
+    assert found.shuffle.tolist() == dealt
 
 
 def test_orders_differ_where_the_last_epoch_is_between_their_thresholds() -> None:
