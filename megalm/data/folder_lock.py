@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 PATIENCE_SECONDS = 600.0
-UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
+UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EBADF)
+"""What file systems without locks say; EBADF is NFS, which locks only what may be written."""
 
 
 @contextlib.contextmanager
@@ -23,7 +24,8 @@ def folder_lock(folder: Path, *, patience_seconds: float = PATIENCE_SECONDS) -> 
     Raises: OSError if the folder cannot be made or written.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    # Opened for reading, so that users who share a cache can lock what another of them made.
+    descriptor = os.open(folder / ".lock", os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC, 0o666)
     try:
         yield _acquired(descriptor, time.monotonic() + patience_seconds)
     finally:
