@@ -38,10 +38,12 @@ class Cut:
 
 
 # Fixed rather than timed at run time: another cut sums in another order, and runs must repeat to the last bit.
-# Chosen by the compiler's report for sm_90: no spilled registers, no serialised products; docs/log.md has the figures.
-_HALF_64 = Cut(Blocks(128, 128, 8, 3), Blocks(128, 64, 8, 3), Blocks(64, 128, 8, 3))
+# Chosen by the compiler's report for sm_90 (docs/log.md): two warpgroups, keys of the forward pass 128 wide so that
+# wgmma is not bound by shared memory, no spilled registers. Random bits take registers, so dropout has blocks of its own.
+_HALF_64 = Cut(Blocks(128, 128, 8, 3), Blocks(128, 128, 8, 2), Blocks(64, 128, 8, 3))
 _HALF_128 = Cut(Blocks(128, 128, 8, 2), Blocks(128, 64, 8, 3), Blocks(64, 128, 8, 2))
-_HALF_256 = Cut(Blocks(64, 64, 4, 2), Blocks(64, 32, 4, 2), Blocks(32, 64, 4, 2))
+_HALF_64_DROPOUT = Cut(Blocks(128, 32, 8, 3), Blocks(128, 64, 8, 3), Blocks(64, 128, 8, 3))
+_HALF_128_DROPOUT = Cut(Blocks(128, 32, 8, 3), Blocks(128, 32, 8, 3), Blocks(32, 128, 8, 3))
 _FP32 = Cut(Blocks(64, 32, 4, 2), Blocks(64, 32, 4, 1), Blocks(32, 32, 4, 1))
 
 
@@ -78,12 +80,13 @@ def padded_head_size(head_size: int) -> int:
     return max(16, next_power_of_two(head_size))
 
 
-def cut_for(head_size: int, dtype: torch.dtype) -> Cut:
-    """The blocks for heads of this size and type."""
+def cut_for(head_size: int, dtype: torch.dtype, *, dropout: bool = False) -> Cut:
+    """The blocks for heads of this size and type. Dropout leaves the queries of the forward pass alone."""
     if dtype.itemsize > 2:
         return _FP32
-    padded = padded_head_size(head_size)
-    return _HALF_64 if padded <= 64 else _HALF_128 if padded <= 128 else _HALF_256
+    if padded_head_size(head_size) <= 64:
+        return _HALF_64_DROPOUT if dropout else _HALF_64
+    return _HALF_128_DROPOUT if dropout else _HALF_128
 
 
 def empty_statistics(q: Tensor) -> tuple[Tensor, Tensor]:
@@ -100,7 +103,7 @@ def empty_statistics(q: Tensor) -> tuple[Tensor, Tensor]:
 def launch_forward(q: Tensor, k: Tensor, v: Tensor, out: Tensor, extras: Extras) -> tuple[Tensor, Tensor]:
     """Fill `out`; returns `empty_statistics`, filled. Shapes: q, out [b, n, s, d], k, v [b, n/g, s, d]."""
     b, n, s, d = q.shape
-    blocks = cut_for(d, q.dtype).forward
+    blocks = cut_for(d, q.dtype, dropout=extras.seed is not None).forward
     lse, first_key = empty_statistics(q)
     if q.numel() == 0:
         return lse, first_key
@@ -135,7 +138,7 @@ def launch_backward(
         return
     dq, dk, dv = gradients
     do, q, k, v, out = (aligned(x) for x in (do, q, k, v, out))
-    cut = cut_for(d, q.dtype)
+    cut = cut_for(d, q.dtype, dropout=extras.seed is not None)
     delta = torch.empty_like(lse)
     group = n // k.size(1)
     shared = {"GROUP": group, "BOUND_BLOCK": cut.forward.queries, **extras.flags()}
