@@ -18,6 +18,9 @@ from megalm.kernels.triton_language import ceil_div, jit, next_power_of_two, tl
 TILE_ELEMENTS = 4096
 MOST_ROWS = 16
 WIDEST = 16384
+# A row of 16,384 leaves 64 registers a thread; the sums of the weight gradients would be spilled (768 bytes).
+WIDEST_WITH_SUMS = 8192
+SUM_ROWS, SUM_COLUMNS, SUM_WARPS = 8, 256, 4
 PROGRAMS_A_PROCESSOR = 2
 PROGRAMS_ON_CPU = 2
 
@@ -85,16 +88,18 @@ def _backward_kernel(
     dtotal_stride: tl.tensor,
     x_stride: tl.tensor,
     ADDS: tl.constexpr,
+    SUMS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """partial [programs, 3, size] gets the sums of dy * normalised, of dy and, with ADDS, of dx."""
+    """With SUMS, partial [programs, 3, size] gets the sums of dy * normalised, of dy and, with ADDS, of dx."""
     columns = tl.arange(0, BLOCK)
     present = columns < size
     w = tl.load(weight + columns, mask=present, other=0.0).to(tl.float32)[None, :]
-    weight_sum = tl.zeros([ROWS, BLOCK], tl.float32)
-    bias_sum = tl.zeros([ROWS, BLOCK], tl.float32)
-    branch_sum = tl.zeros([ROWS, BLOCK], tl.float32)
+    if SUMS:
+        weight_sum = tl.zeros([ROWS, BLOCK], tl.float32)
+        bias_sum = tl.zeros([ROWS, BLOCK], tl.float32)
+        branch_sum = tl.zeros([ROWS, BLOCK], tl.float32)
     first = tl.program_id(0) * ROWS
     step = tl.num_programs(0) * ROWS
     for turn in tl.range(0, tl.cdiv(num_rows - first, step)):
@@ -110,14 +115,59 @@ def _backward_kernel(
         along = (tl.sum(weighted * normalised, axis=1) / size)[:, None]
         shift = (tl.sum(weighted, axis=1) / size)[:, None]
         result = (weighted - shift - normalised * along) * scale
-        weight_sum += gradient * normalised
+        if SUMS:
+            weight_sum += gradient * normalised
+            bias_sum += gradient
+        if ADDS:
+            passed = wide_rows * dtotal_stride + columns[None, :]
+            result += tl.load(dtotal + passed, mask=inside, other=0.0).to(tl.float32)
+            if SUMS:
+                branch_sum += tl.where(inside, result, 0.0)
+        tl.store(dx + wide_rows * size + columns[None, :], result.to(dx.dtype.element_ty), mask=inside)
+    if SUMS:
+        sums = partial + tl.program_id(0) * 3 * size + columns
+        tl.store(sums, tl.sum(weight_sum, axis=0), mask=present)
+        tl.store(sums + size, tl.sum(bias_sum, axis=0), mask=present)
+        if ADDS:
+            tl.store(sums + 2 * size, tl.sum(branch_sum, axis=0), mask=present)
+
+
+@jit
+def _sums_kernel(
+    dy: tl.tensor,
+    dx: tl.tensor,
+    x: tl.tensor,
+    means: tl.tensor,
+    scales: tl.tensor,
+    partial: tl.tensor,
+    num_rows: tl.tensor,
+    size: tl.tensor,
+    dy_stride: tl.tensor,
+    x_stride: tl.tensor,
+    ADDS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+) -> None:
+    """The sums of `_backward_kernel`, of a strip of rows and some columns, where whole rows leave no room for them."""
+    columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    present = columns < size
+    weight_sum = tl.zeros([ROWS, COLUMNS], tl.float32)
+    bias_sum = tl.zeros([ROWS, COLUMNS], tl.float32)
+    branch_sum = tl.zeros([ROWS, COLUMNS], tl.float32)
+    first = tl.program_id(0) * ROWS
+    step = tl.num_programs(0) * ROWS
+    for turn in tl.range(0, tl.cdiv(num_rows - first, step)):
+        rows = first + turn * step + tl.arange(0, ROWS)
+        inside = (rows < num_rows)[:, None] & present[None, :]
+        wide_rows = rows.to(tl.int64)[:, None]
+        gradient = tl.load(dy + wide_rows * dy_stride + columns[None, :], mask=inside, other=0.0).to(tl.float32)
+        values = tl.load(x + wide_rows * x_stride + columns[None, :], mask=inside, other=0.0).to(tl.float32)
+        mean = tl.load(means + rows, mask=rows < num_rows, other=0.0)[:, None]
+        scale = tl.load(scales + rows, mask=rows < num_rows, other=0.0)[:, None]
+        weight_sum += gradient * (values - mean) * scale
         bias_sum += gradient
         if ADDS:
-            result += tl.load(dtotal + wide_rows * dtotal_stride + columns[None, :], mask=inside, other=0.0).to(
-                tl.float32
-            )
-            branch_sum += tl.where(inside, result, 0.0)
-        tl.store(dx + wide_rows * size + columns[None, :], result.to(dx.dtype.element_ty), mask=inside)
+            branch_sum += tl.load(dx + wide_rows * size + columns[None, :], mask=inside, other=0.0).to(tl.float32)
     sums = partial + tl.program_id(0) * 3 * size + columns
     tl.store(sums, tl.sum(weight_sum, axis=0), mask=present)
     tl.store(sums + size, tl.sum(bias_sum, axis=0), mask=present)
@@ -186,7 +236,10 @@ def _empty_results(
 def _backward(
     dy: Tensor, dtotal: Tensor | None, x: Tensor, weight: Tensor, mean: Tensor, scale: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """dx, and the gradients of weight, bias and branch bias as [3, h] fp32."""
+    """dx, and the gradients of weight, bias and branch bias as [3, h] fp32.
+
+    In rows wider than 8,192 the branch bias's is the sum of dx as it was rounded.
+    """
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
     gradients, values, size = _as_rows(dy), _as_rows(x), x.size(-1)
     if dx.numel() == 0:
@@ -194,12 +247,19 @@ def _backward(
     added = gradients if dtotal is None else _as_rows(dtotal)
     tile_rows, block, num_warps = tile(size)
     programs = min(_programs(x.device), ceil_div(values.size(0), tile_rows))
+    sums = block <= WIDEST_WITH_SUMS
     partial = x.new_zeros((programs, 3, size), dtype=torch.float32)
     _backward_kernel[(programs,)](
         gradients, added, values, weight, mean, scale, dx, partial,
         values.size(0), size, gradients.stride(0), added.stride(0), values.stride(0),
-        ADDS=dtotal is not None, ROWS=tile_rows, BLOCK=block, num_warps=num_warps,
+        ADDS=dtotal is not None, SUMS=sums, ROWS=tile_rows, BLOCK=block, num_warps=num_warps,
     )  # fmt: skip
+    if not sums:
+        _sums_kernel[(programs, ceil_div(size, SUM_COLUMNS))](
+            gradients, dx, values, mean, scale, partial,
+            values.size(0), size, gradients.stride(0), values.stride(0),
+            ADDS=dtotal is not None, ROWS=SUM_ROWS, COLUMNS=SUM_COLUMNS, num_warps=SUM_WARPS,
+        )  # fmt: skip
     return dx, partial.sum(dim=0)
 
 

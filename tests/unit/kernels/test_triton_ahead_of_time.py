@@ -1,0 +1,106 @@
+"""Every Triton kernel compiles for an H100 as it is launched there, without spilling registers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from megalm.kernels.bias_gelu import triton_activation as activation
+from megalm.kernels.cross_entropy import triton_rows
+from megalm.kernels.dropout_add import triton_dropout as dropout
+from megalm.kernels.layer_norm import triton_norm as norm
+from megalm.kernels.rotary import triton_rotary
+from megalm.kernels.softmax import triton_softmax
+from tests.support import triton_device
+from tests.support.ahead_of_time import compile_for_hopper
+
+pytestmark = pytest.mark.skipif(not triton_device.INSTALLED, reason="Triton is not installed")
+
+# BLOOM-560m, -1b7, -7b1 and -176B.
+WIDTHS = (1024, 2048, 4096, 14336)
+
+
+class Launch(NamedTuple):
+    """A kernel, its constants and its warps. `argument` tells what the rest of its arguments are."""
+
+    name: str
+    kernel: Any
+    constants: dict[str, Any]
+    num_warps: int
+
+
+NUMBERS = {
+    "num_rows", "num_columns", "row_stride", "size", "x_stride", "residual_stride", "dy_stride", "dtotal_stride",
+    "threshold", "num_queries", "num_heads", "num_positions", "half", "mask_batch", "mask_head", "mask_query",
+    "stride_batch", "stride_head", "stride_position",
+}  # fmt: skip
+FRACTIONS = {"z_loss", "eps", "scale", "sign"}
+WIDE = {"peaks", "totals", "log_sums", "means", "scales", "partial", "factor", "angles"}
+
+
+def argument(name: str, constants: dict[str, Any]) -> Any:
+    """What the kernel is given under this name."""
+    if name in constants:
+        return constants[name]
+    if name in NUMBERS:
+        return int
+    if name in FRACTIONS:
+        # A weight per token in one kernel, a number in the others.
+        return float
+    types = {**dict.fromkeys(WIDE, "fp32"), "labels": "i64", "seeds": "i64", "mask": "u8"}
+    return types.get(name, "bf16")
+
+
+def launches() -> Iterator[Launch]:
+    block, warps = triton_rows._block(250_880)
+    yield Launch("row statistics", triton_rows._statistics_kernel, {"BLOCK": block}, warps)
+    for whole in (True, False):
+        constants = {"WHOLE": whole, "BLOCK": block, "weights": "fp32"}
+        yield Launch(f"row gradient, whole {whole}", triton_rows._gradient_kernel, constants, warps)
+    yield Launch("scale", triton_rows._scale_kernel, {"BLOCK": triton_rows.SCALE_BLOCK}, 8)
+    for width in WIDTHS:
+        rows, block, warps = norm.tile(width)
+        for adds in (False, True):
+            constants = {"ADDS": adds, "ROWS": rows, "BLOCK": block}
+            yield Launch(f"norm {width}, adds {adds}", norm._forward_kernel, constants, warps)
+            constants["SUMS"] = block <= norm.WIDEST_WITH_SUMS
+            yield Launch(f"norm backward {width}, adds {adds}", norm._backward_kernel, constants, warps)
+    constants = {"ADDS": True, "ROWS": norm.SUM_ROWS, "COLUMNS": norm.SUM_COLUMNS}
+    yield Launch("norm sums", norm._sums_kernel, constants, norm.SUM_WARPS)
+    tile = {"ROWS": activation.ROWS, "COLUMNS": activation.COLUMNS}
+    for name in activation.ACTIVATIONS:
+        constants = {"ACTIVATION": name, **tile}
+        yield Launch(name, activation._forward_kernel, constants, activation.NUM_WARPS)
+        if name != "gelu_tanh":
+            yield Launch(f"{name} backward", activation._gated_backward_kernel, constants, 2 * activation.NUM_WARPS)
+    yield Launch("gelu_tanh backward", activation._gelu_backward_kernel, tile, activation.NUM_WARPS)
+    constants = {"DROPS": True, "ROWS": dropout.ROWS, "COLUMNS": dropout.COLUMNS}
+    yield Launch("dropout", dropout._forward_kernel, constants, dropout.NUM_WARPS)
+    yield Launch("dropout backward", dropout._backward_kernel, constants, dropout.NUM_WARPS)
+    rows, block, warps = triton_softmax._tile(2048)
+    constants = {"MASKED": True, "ROWS": rows, "BLOCK": block, "mask_key": 1}
+    yield Launch("softmax", triton_softmax._forward_kernel, constants, warps)
+    yield Launch("softmax backward", triton_softmax._backward_kernel, {"ROWS": rows, "BLOCK": block}, warps)
+    constants = {"ROWS": triton_rotary.ROWS, "BLOCK": 64, "REST": 0}
+    yield Launch("rotary", triton_rotary._turn_kernel, constants, triton_rotary.NUM_WARPS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launch", list(launches()), ids=lambda launch: launch.name)
+def test_kernel_compiles_for_hopper_without_spilling(
+    launch: Launch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    if not request.config.getoption("--full") and launch.name not in ("row gradient, whole True", "gelu_tanh backward"):
+        pytest.skip("--full compiles all kernels")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    arguments = {name: argument(name, launch.constants) for name in launch.kernel.arg_names}
+    resources = compile_for_hopper(launch.kernel, arguments, tmp_path, num_warps=launch.num_warps)
+    assert resources.spilled_bytes == 0
+    # A multiprocessor has 65,536 registers, and 227 KiB of shared memory for one program.
+    assert resources.registers * launch.num_warps * 32 <= 65_536
+    assert resources.shared_bytes <= 227 * 1024
+    # 16 bytes at a time from memory, or into shared memory ahead of their use.
+    assert ".v4.b32" in resources.ptx or "cp.async.cg" in resources.ptx
