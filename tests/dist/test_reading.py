@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 import runpy
 from pathlib import Path
 from typing import Any
@@ -88,6 +89,27 @@ def test_tracing_tells_what_every_step_read_through_blend_ramp_and_left_out_step
     assert traced(["--steps", "12"], command_line) == {12: read[12]}
     recorded = ["--metrics-path", str(tmp_path / "metrics.jsonl")]
     assert traced(["--steps", "2:13", *recorded], command_line) == {s: read[s] for s in read if 2 <= s <= 13}
+
+
+def _train_on_own_host(folders: list[str], flags: list[str]) -> list[float]:
+    """As the first process of a host that sees its own copy of the corpus and its own cache alone."""
+    folder = folders[int(os.environ["RANK"])]
+    os.environ["LOCAL_RANK"] = "0"
+    own = ["--data-path", f"{folder}/corpus_text_document", "--data-cache-path", f"{folder}/maps", "--verify-data"]
+    return train_tiny([*flags, *own]).losses
+
+
+def test_hosts_that_share_no_file_system_build_their_own_maps_and_read_the_same(tmp_path: Path) -> None:
+    hosts = [tmp_path / name for name in ("first", "second")]
+    for host in hosts:
+        host.mkdir()
+        write_corpus(host)
+    one = run_ranks(train_tiny, 1, ["--data-path", f"{hosts[0]}/corpus_text_document", "--train-iters", "5"])
+    apart = run_ranks(_train_on_own_host, 2, [str(host) for host in hosts], ["--train-iters", "5"])
+    # Sums of the same samples in another order.
+    np.testing.assert_allclose(apart[0], one[0].losses, rtol=1e-5)
+    for host in hosts:
+        assert len([path for path in (host / "maps").iterdir() if path.is_dir()]) == 1
 
 
 def test_longer_run_that_would_read_in_another_order_is_refused_unless_asked_for(tmp_path: Path) -> None:
