@@ -19,8 +19,8 @@ PARTS_OF_GROUP = 16
 """Blocks of a row group. A row group can be read from its start only, so that each block reads what lies before it:
 with sixteen that costs a twentieth of the time that tokenizing takes."""
 
-BLOCK_LIMIT = 64 << 20
-"""Bytes of the largest block, whatever the size of its row group, so that its ids fit in memory."""
+BLOCK_LIMIT = 8 << 20
+"""Bytes of the largest block, whatever the size of its row group, so that the ids of many workers fit in memory."""
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,15 @@ class RowBlock:
     """Rows of the file before it."""
     consumed_bytes: int
     """About how many bytes of the file lie before its end."""
+    row_bytes: int
+    """Of a row on the average of its group."""
     longest: int
     """Bytes of the longest text that is a document."""
+
+    @property
+    def size(self) -> int:
+        """About its bytes."""
+        return self.num_rows * self.row_bytes
 
     def documents(self, keys: Sequence[str], *, by_pieces: bool = False) -> Iterator[Document | BadRow]:
         """The document of each row.
@@ -93,9 +100,7 @@ class RowBlock:
         if not keys:
             yield range(self.num_rows)
             return
-        group = file.metadata.row_group(self.row_group)
-        each = max(1, group.total_byte_size // max(1, group.num_rows))
-        size = max(1, min(BATCH_ROWS, BATCH_BYTES // each))
+        size = max(1, min(BATCH_ROWS, BATCH_BYTES // max(1, self.row_bytes)))
         first, last, at = self.first_row, self.first_row + self.num_rows, 0
         try:
             found = file.iter_batches(batch_size=size, row_groups=[self.row_group], columns=keys, use_threads=False)
@@ -110,7 +115,7 @@ class RowBlock:
         except (OSError, ValueError) as error:
             raise _damaged(f"{self.path}, row group {self.row_group}, after row {at}", error) from error
         raise DataError(
-            f"{self.path}, row group {self.row_group}: {at} rows, its footer says {group.num_rows}\n"
+            f"{self.path}, row group {self.row_group}: {at} rows, its footer says {last} or more\n"
             "  copy or download the file again"
         )
 
@@ -132,7 +137,7 @@ def row_blocks(
         for begin in range(max(0, first - start), stop, step):
             count = min(step, stop - begin)
             read = source.size_bytes * (start + begin + count) // total
-            yield RowBlock(number, source.path, group, begin, count, start + begin, read, longest)
+            yield RowBlock(number, source.path, group, begin, count, start + begin, read, group_bytes // rows, longest)
         start += rows
 
 

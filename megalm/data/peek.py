@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Iterator, Sequence
 
 from megalm.data.bad_lines import shown
-from megalm.data.documents import LineBlock, blocks
+from megalm.data.documents import blocks
 from megalm.data.inputs import Source
 from megalm.data.long_line import LONG_LINE_BYTES, LongText
 from megalm.errors import DataError
@@ -30,7 +30,7 @@ def iterate_texts(
     """
     at, lines = -1, 0
     for block in blocks(sources, block_bytes=block_bytes):
-        if isinstance(block, LineBlock) and longest is not None and block.size > longest:
+        if longest is not None and block.size > longest:
             block.discard()
             continue
         at, lines = (at, lines) if block.source == at else (block.source, 0)

@@ -7,6 +7,8 @@ from typing import TextIO
 
 from megalm.data.preprocess import Progress
 
+CELLS = 20
+
 
 class ProgressLine:
     """Redraws one line on a terminal; prints a line now and then elsewhere."""
@@ -28,9 +30,8 @@ class ProgressLine:
         if not due:
             return
         self._shown_at, self._shown_documents = now, progress.documents
-        end = "" if self._terminal else "\n"
-        start = "\r\x1b[K" if self._terminal else ""
-        self._stream.write(start + describe(progress) + end)
+        line = describe(progress)
+        self._stream.write(f"\r\x1b[K{bar(progress)} {line}" if self._terminal else line + "\n")
         self._stream.flush()
 
     def close(self) -> None:
@@ -41,17 +42,32 @@ class ProgressLine:
 
 
 def describe(progress: Progress) -> str:
-    """`43 % | 12.1 MB/s | 4,310 documents/s | 3.4 Mtok/s | ETA 0:12`."""
+    """`43 % | 12.1 MB/s | 4,310 documents/s | 3.4 Mtok/s | ETA 0:12`; megabytes are those of the files."""
     seconds = max(progress.seconds, 1e-9)
-    share = progress.done_bytes / progress.total_bytes if progress.total_bytes else 1.0
+    share = _share(progress)
     left = seconds * (1 - share) / share if share > 0 else 0.0
     parts = [
         f"{100 * share:3.0f} %",
         f"{progress.done_bytes / seconds / 1e6:.1f} MB/s",
         f"{progress.documents / seconds:,.0f} documents/s",
         f"{progress.tokens / seconds / 1e6:.2f} Mtok/s",
-        f"ETA {int(left) // 60}:{int(left) % 60:02d}",
+        f"ETA {_clock(int(left))}",
     ]
     if progress.skipped:
         parts.append(f"{progress.skipped} lines skipped")
     return " | ".join(parts)
+
+
+def bar(progress: Progress) -> str:
+    """The share that is done as a picture of twenty cells."""
+    done = int(CELLS * _share(progress))
+    return "█" * done + "░" * (CELLS - done)
+
+
+def _share(progress: Progress) -> float:
+    return min(1.0, progress.done_bytes / progress.total_bytes) if progress.total_bytes else 1.0
+
+
+def _clock(seconds: int) -> str:
+    hours, minutes = seconds // 3600, seconds // 60 % 60
+    return f"{hours}:{minutes:02d}:{seconds % 60:02d}" if hours else f"{minutes}:{seconds % 60:02d}"

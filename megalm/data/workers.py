@@ -17,7 +17,11 @@ from megalm.data.encoding import Encoded, Recipe, encode_block
 from megalm.errors import DataError
 
 READ_AHEAD = 2
-"""Blocks on their way for each worker beside the one that it works on."""
+"""Blocks on their way for each worker, the one that it works on among them."""
+
+AHEAD_BYTES = 256 << 20
+"""Text of the blocks on their way above which there is one more than workers, so that ids waiting for their turn do not
+fill the memory."""
 
 
 def encode_in_order(parts: Iterable[Block], recipe: Recipe, *, workers: int) -> Iterator[tuple[Block, Encoded]]:
@@ -40,11 +44,14 @@ def encode_in_order(parts: Iterable[Block], recipe: Recipe, *, workers: int) -> 
 
     waiting: deque[tuple[Block, Future[Encoded]]] = deque()
     threads = ThreadPoolExecutor(workers)
+    size = 0
     try:
         for block in parts:
             waiting.append((block, threads.submit(encode, block)))
-            if len(waiting) > workers * READ_AHEAD:
+            size += block.size
+            while len(waiting) > (workers if size > AHEAD_BYTES else workers * READ_AHEAD):
                 done, future = waiting.popleft()
+                size -= done.size
                 yield done, future.result()
         while waiting:
             done, future = waiting.popleft()
