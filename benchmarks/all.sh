@@ -1,0 +1,51 @@
+#!/usr/bin/env bash
+# Every figure of docs/performance.md for the device that is found: kernels, then whole steps beside their peers.
+#
+#   bash benchmarks/all.sh [FOLDER]     results as JSON, tables and pictures in FOLDER (default: runs/performance)
+#   KERNEL_TESTS=1 bash benchmarks/all.sh    first the tests that only a GPU can pass, and the kernels' tests on it
+#
+# On one Hopper GPU all of it takes about 20 minutes; PARTS="tests kernels small large" chooses among the parts.
+set -uo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source launch/environment.sh
+folder=${1:-runs/performance}
+parts=${PARTS:-${KERNEL_TESTS:+tests} kernels small large}
+mkdir -p "$folder"
+failed=0
+
+run() { # run NAME COMMAND...: prints, keeps the output, goes on after a failure and remembers it
+    local name=$1
+    shift
+    echo "== $name: $*"
+    "$@" 2>&1 | tee "$folder/$name.txt" || { echo "== $name failed" >&2; failed=1; }
+}
+
+step() { # step MODEL ARGUMENTS...
+    run "step-$1" "$python" benchmarks/train_step.py --model "$1" --json "$folder/step-$1.json" "${@:2}"
+}
+
+for part in $parts; do
+    case $part in
+        tests)
+            run tests "$python" -m pytest -q tests/gpu tests/unit/kernels tests/unit/train/test_compile.py \
+                tests/unit/parallel
+            ;;
+        kernels) run kernels "$python" benchmarks/kernels.py --json "$folder/kernels.json" ;;
+        small)
+            if [ "${DS_ACCELERATOR:-}" = cpu ]; then
+                step bloom-quickstart --device cpu --peer transformers plain-compile --num-micro-batches 1 \
+                    --steps 30 --rounds 3
+            else
+                step bloom-560m --peer plain-compile transformers --micro-batch-sizes 4 8 16
+            fi
+            ;;
+        large)
+            if [ "${DS_ACCELERATOR:-}" != cpu ]; then
+                step bloom-1b7 --peer plain-compile transformers --micro-batch-sizes 2 4 8
+            fi
+            ;;
+        *) echo "no part named $part: tests, kernels, small, large" >&2; exit 2 ;;
+    esac
+done
+"$python" benchmarks/draw.py "$folder" --picture "$folder/performance.png" --table "$folder/performance.md"
+exit "$failed"
