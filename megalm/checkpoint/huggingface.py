@@ -22,9 +22,11 @@ def family_of(shape: GPTShape) -> str:
     Raises: CheckpointError that names every flag in the way.
     """
     alibi = shape.block.alibi
-    if not alibi and not shape.embed_layernorm:
-        return GPT2
     obstacles = []
+    if shape.glu_activation is not None:
+        obstacles.append(f"{shape.glu_activation}: Bloom and GPT-2 have no gate (--glu-activation)")
+    elif not alibi and not shape.embed_layernorm:
+        return GPT2
     if not alibi:
         obstacles.append(
             "learned positions with an embedding LayerNorm: Bloom has ALiBi, GPT-2 has no embedding LayerNorm "

@@ -10,7 +10,7 @@ from megalm.config.root import Config
 
 MODEL_PATHS = (
     "model.num_layers", "model.hidden_size", "model.num_heads", "model.position_embedding", "model.embed_layernorm",
-    "model.activation", "model.tie_embeddings", "model.layernorm_epsilon",
+    "model.activation", "model.glu_activation", "model.tie_embeddings", "model.layernorm_epsilon",
 )  # fmt: skip
 SCHEDULE_PATHS = (
     "training.lr", "training.min_lr", "training.lr_decay_style", "training.lr_decay_iters", "training.lr_decay_samples",

@@ -44,9 +44,8 @@ REFUSALS = (
     ),
     # The shape of the model.
     refused(
-        "--glu-activation", "the MLP is GELU(x W + b) without a gate", "remove it, and set --ffn-hidden-size as it was"
+        "--swiglu", "it changes the default of --ffn-hidden-size", "pass --glu-activation swiglu and --ffn-hidden-size"
     ),
-    refused("--swiglu", "the MLP is GELU(x W + b) without a gate", SHAPE),
     refused("--squared-relu", "the activation is GELU", SHAPE),
     refused("--openai-gelu", "the tanh GELU is the default already, with the bias inside", "remove it"),
     refused("--onnx-safe", "there is no ONNX export", "remove it"),

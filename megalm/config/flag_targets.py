@@ -39,6 +39,7 @@ TARGETS = (
         "gelu_erf",
         "In this family the unfused activation is the erf GELU.",
     ),
+    takes("--glu-activation", "model.glu_activation"),
     switch("--untie-embeddings-and-output-weights", "model.tie_embeddings", False),
     takes("--layernorm-epsilon", "model.layernorm_epsilon"),
     takes("--norm-epsilon", "model.layernorm_epsilon"),
@@ -149,4 +150,5 @@ TARGETS = (
     takes("--layer-norm-kernel", "output.layer_norm"),
     takes("--bias-gelu-kernel", "output.bias_gelu"),
     takes("--head-kernel", "output.head"),
+    takes("--dropout-add-kernel", "output.dropout_add"),
 )

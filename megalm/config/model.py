@@ -8,6 +8,7 @@ from megalm.config.option import option
 
 POSITION_EMBEDDINGS = ("alibi", "learned")
 ACTIVATIONS = ("gelu_tanh", "gelu_erf")
+GLU_ACTIVATIONS = ("geglu", "swiglu", "reglu", "liglu")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +30,12 @@ class ModelConfig:
     embed_layernorm: bool = option(False, doc="LayerNorm right after the word embedding, as BLOOM has it.")
     activation: str = option(
         "gelu_tanh", doc="GELU by tanh (fused with the bias) or by erf (--no-bias-gelu-fusion).", choices=ACTIVATIONS
+    )
+    glu_activation: str | None = option(
+        None,
+        doc="A gated MLP in place of activation: value * act(gate), with act the erf GELU (geglu), SiLU (swiglu), ReLU "
+        "(reglu) or nothing (liglu). dense_h_to_4h then has 2f rows, in pairs of value and gate.",
+        choices=GLU_ACTIVATIONS,
     )
     tie_embeddings: bool = option(True, doc="The head shares the weight of the word embedding.")
     layernorm_epsilon: float = option(1e-5, doc="Added to the variance in every LayerNorm.")

@@ -63,8 +63,16 @@ class OutputConfig:
         doc="Attention core: auto, baddbmm (the reference), sdpa, triton (ALiBi and documents in the kernel; GPUs), "
         "flex (GPUs).",
     )
-    layer_norm: str = option("auto", doc="LayerNorm implementation: auto, reference (fp32 arithmetic), torch.")
-    bias_gelu: str = option("auto", doc="Bias-GeLU implementation: auto, jit, torch.")
+    layer_norm: str = option(
+        "auto", doc="LayerNorm implementation: auto, reference (fp32 arithmetic), torch, triton, apex."
+    )
+    bias_gelu: str = option(
+        "auto", doc="Bias-GeLU implementation: auto, jit, torch, triton. With a gated MLP auto, torch, triton."
+    )
+    dropout_add: str = option(
+        "auto",
+        doc="Bias, dropout and addition to the residual stream: auto, torch, triton (Philox, no mask in memory).",
+    )
     head: str = option(
         "auto",
         doc="Head and cross-entropy: auto, reference (the logits of all tokens in memory), chunked (some tokens at a "

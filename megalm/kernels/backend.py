@@ -21,8 +21,11 @@ from megalm.kernels.attention.suitability import (
     triton_obstacle,
 )
 from megalm.kernels.bias_gelu import eager, jit
+from megalm.kernels.bias_gelu.gated import torch_glu
 from megalm.kernels.cross_entropy.torch_rows import TorchRows
-from megalm.kernels.layer_norm import oracle, torch_native
+from megalm.kernels.dropout_add.oracle import bias_dropout_add
+from megalm.kernels.layer_norm import apex_norm, oracle, torch_native
+from megalm.kernels.layer_norm.protocol import AddLayerNormKernel
 from megalm.kernels.linear import fp8, onednn
 from megalm.kernels.linear.torch_native import TorchLinear
 
@@ -71,6 +74,30 @@ def _triton_obstacle(device: torch.device) -> str | None:
     return None if importlib.util.find_spec("triton") is not None else "Triton is not installed"
 
 
+def _triton_layer_norm() -> Any:
+    from megalm.kernels.layer_norm.triton_norm import layer_norm
+
+    return layer_norm
+
+
+def _triton_bias_gelu() -> Any:
+    from megalm.kernels.bias_gelu.triton_activation import bias_gelu
+
+    return bias_gelu
+
+
+def _triton_glu() -> Any:
+    from megalm.kernels.bias_gelu.triton_activation import TritonGlu
+
+    return TritonGlu
+
+
+def _triton_dropout_add() -> Any:
+    from megalm.kernels.dropout_add.triton_dropout import bias_dropout_add as in_one_pass
+
+    return in_one_pass
+
+
 def _triton_rows() -> Any:
     from megalm.kernels.cross_entropy.triton_rows import TritonRows
 
@@ -87,10 +114,22 @@ _CANDIDATES: dict[str, dict[str, _Candidate]] = {
     "layer_norm": {
         "reference": _Candidate(lambda: oracle.layer_norm, _no_obstacle),
         "torch": _Candidate(lambda: torch_native.layer_norm, _no_obstacle),
+        "triton": _Candidate(_triton_layer_norm, _triton_obstacle),
+        "apex": _Candidate(lambda: apex_norm.layer_norm, apex_norm.obstacle),
     },
     "bias_gelu": {
         "torch": _Candidate(lambda: eager.bias_gelu, _no_obstacle),
         "jit": _Candidate(lambda: jit.bias_gelu_jit, _jit_obstacle),
+        "triton": _Candidate(_triton_bias_gelu, _triton_obstacle),
+    },
+    # Functions from the name of a gate to the kernel; output.bias_gelu names them too.
+    "glu": {
+        "torch": _Candidate(lambda: torch_glu, _no_obstacle),
+        "triton": _Candidate(_triton_glu, _triton_obstacle),
+    },
+    "dropout_add": {
+        "torch": _Candidate(lambda: bias_dropout_add, _no_obstacle),
+        "triton": _Candidate(_triton_dropout_add, _triton_obstacle),
     },
     "head": {
         "reference": _Candidate(lambda: None, _no_obstacle),
@@ -118,13 +157,23 @@ def choose(operation: str, requested: str, device: torch.device, *, use: Attenti
     if requested == "auto":
         name, reason = _preference(operation, device, use)
         return Choice(name, candidates[name].build(), reason)
+    field = "output.bias_gelu" if operation == "glu" else f"output.{operation}"
     remedy = f"  implementations that work here: {', '.join(_usable(operation, device, use))}"
     if requested not in candidates:
-        raise KernelError(f"output.{operation} = {requested!r} is not an implementation of {operation}\n{remedy}")
+        raise KernelError(f"{field} = {requested!r} is not an implementation of {operation}\n{remedy}")
     obstacle = _obstacle(candidates[requested], device, use)
     if obstacle is not None:
-        raise KernelError(f"output.{operation} = {requested!r} cannot run on {device}: {obstacle}\n{remedy}")
+        raise KernelError(f"{field} = {requested!r} cannot run on {device}: {obstacle}\n{remedy}")
     return Choice(requested, candidates[requested].build(), "asked for by name")
+
+
+def choose_add_layer_norm(layer_norm: str) -> AddLayerNormKernel | None:
+    """The addition and LayerNorm in one that belongs to a LayerNorm implementation; None where there is none."""
+    if layer_norm != "triton":
+        return None
+    from megalm.kernels.layer_norm.triton_norm import add_layer_norm
+
+    return add_layer_norm
 
 
 def _obstacle(candidate: _Candidate, device: torch.device, use: AttentionUse | None) -> str | None:
@@ -148,8 +197,17 @@ def _preference(operation: str, device: torch.device, use: AttentionUse | None) 
         return "chunked", "the logits of all tokens are never in memory"
     if operation == "attention":
         return preferred_core(device, use)
+    on_gpu = _triton_obstacle(device) is None
     if operation == "layer_norm":
+        if on_gpu:
+            return "triton", "one pass each way, with the addition before it and the weight gradients inside"
         return "torch", "torch's kernel keeps fp32 statistics and is faster than separate operations"
+    if operation == "dropout_add":
+        return "torch", "without dropout there is nothing to fuse; torch.compile fuses what there is with it"
+    if on_gpu:
+        return "triton", "one pass each way, with the bias gradient inside"
+    if operation == "glu":
+        return "torch", "separate operations; Triton compiles for GPUs"
     if device.type == "cpu":
         return "torch", "TorchScript does not fuse on a CPU; torch's GELU is one kernel"
     obstacle = _jit_obstacle(device)

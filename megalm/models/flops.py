@@ -21,7 +21,8 @@ def matmul_parameters(model: ModelConfig) -> int:
     The embedding looks rows up and multiplies nothing.
     """
     h, f = model.hidden_size, model.ffn_size
-    return model.num_layers * (4 * h * h + 2 * h * f) + model.padded_vocab_size * h
+    num_mlp_parts = 2 if model.glu_activation is None else 3  # A gated MLP's first product is twice as wide.
+    return model.num_layers * (4 * h * h + num_mlp_parts * h * f) + model.padded_vocab_size * h
 
 
 def flops_per_token(model: ModelConfig, *, seq_length: int, causal: bool = True) -> float:

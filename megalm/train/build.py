@@ -185,6 +185,7 @@ def _build_module(plan: Plan, topology: Topology, streams: RngStreams, console: 
         bias_gelu=config.output.bias_gelu,
         linear=config.output.linear,
         head=config.output.head,
+        dropout_add=config.output.dropout_add,
         dtype=TORCH_DTYPES[config.training.dtype],
         documents=documents,
     )

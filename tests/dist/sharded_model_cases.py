@@ -42,6 +42,16 @@ UNTIED = ModelConfig(
     activation="gelu_erf",
     init_std=0.2,
 )
+GATED = ModelConfig(
+    num_layers=1,
+    hidden_size=32,
+    num_heads=4,
+    ffn_hidden_size=48,
+    position_embedding="alibi",
+    pad_vocab_size_to=VOCAB,
+    glu_activation="swiglu",
+    init_std=0.2,
+)
 DOCUMENTS = DocumentRules(eod_id=0, reset_positions=True, reset_attention=True)
 
 
@@ -108,6 +118,7 @@ MODEL_CASES: dict[str, Callable[[Group], float]] = {
     "gpt2, sequence, documents": lambda tp: sharded_against_whole(
         tp, GPT2, sequence_parallel=True, documents=DOCUMENTS
     ),
+    "gated": lambda tp: sharded_against_whole(tp, GATED),
     "untied": lambda tp: sharded_against_whole(tp, UNTIED),
     "untied, sequence": lambda tp: sharded_against_whole(tp, UNTIED, sequence_parallel=True),
 }

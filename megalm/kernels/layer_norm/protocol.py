@@ -14,3 +14,14 @@ class LayerNormKernel(Protocol):
     """
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor: ...
+
+
+class AddLayerNormKernel(Protocol):
+    """residual + (x + branch_bias), rounded once, and the LayerNorm of what was rounded.
+
+    Shapes: x, residual [..., h], branch_bias, weight, bias [h] -> 2 of [..., h].
+    """
+
+    def __call__(
+        self, x: Tensor, branch_bias: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor]: ...

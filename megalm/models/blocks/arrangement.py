@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from megalm.kernels.attention.protocol import AttentionCore
 from megalm.kernels.bias_gelu.protocol import BiasGeluKernel
 from megalm.kernels.cross_entropy.protocol import VocabularyRows
-from megalm.kernels.layer_norm.protocol import LayerNormKernel
+from megalm.kernels.dropout_add.oracle import bias_dropout_add
+from megalm.kernels.dropout_add.protocol import BiasDropoutAddKernel
+from megalm.kernels.layer_norm.protocol import AddLayerNormKernel, LayerNormKernel
 from megalm.kernels.linear.protocol import LinearKernel
 from megalm.parallel.random import RngStreams
 from megalm.topology.group import SOLO, Group
@@ -26,6 +28,13 @@ class BlockShape:
     alibi: bool
     hidden_dropout: float = 0.0
     attention_dropout: float = 0.0
+    gated: bool = False
+    """Whether the MLP's first product has a value and a gate for each of its f features."""
+
+    @property
+    def ffn_inputs(self) -> int:
+        """Features of the MLP's first product, f or 2f."""
+        return 2 * self.ffn_size if self.gated else self.ffn_size
 
     @property
     def head_size(self) -> int:
@@ -43,6 +52,9 @@ class Kernels:
     linear: LinearKernel
     head_linear: LinearKernel
     """The product with the vocabulary; 8-bit formats stay out of it."""
+    dropout_add: BiasDropoutAddKernel = bias_dropout_add
+    add_layer_norm: AddLayerNormKernel | None = None
+    """The addition to the residual stream and the LayerNorm after it in one; None takes them one by one."""
     head: VocabularyRows | None = None
     """Fuses the head with the loss; None computes the logits of all tokens first."""
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from megalm.kernels.dropout_add.oracle import bias_dropout_add
 from megalm.models.blocks.arrangement import BlockShape, Kernels, Spread
 from megalm.models.blocks.attention import ParallelAttention
 from megalm.models.blocks.mlp import ParallelMLP
@@ -25,6 +24,7 @@ class ParallelTransformerLayer(nn.Module):
         super().__init__()
         self.spread = spread
         self.hidden_dropout = shape.hidden_dropout
+        self.dropout_add = kernels.dropout_add
         self.drops = shape.hidden_dropout > 0.0 or shape.attention_dropout > 0.0
         epsilon = shape.layernorm_epsilon
         self.input_layernorm = LayerNorm(shape.hidden_size, epsilon=epsilon, kernels=kernels, spread=spread)
@@ -40,10 +40,18 @@ class ParallelTransformerLayer(nn.Module):
 
     def _compute(self, x: Tensor, mask: Tensor | None) -> Tensor:
         attended = self.self_attention(self.input_layernorm(x), mask)
-        x = self._add(attended, self.self_attention.dense.added_bias(), x)
-        widened = self.mlp(self.post_attention_layernorm(x))
+        x, normed = self._add_and_normalise(attended, self.self_attention.dense.added_bias(), x)
+        widened = self.mlp(normed)
         return self._add(widened, self.mlp.dense_4h_to_h.added_bias(), x)
+
+    def _add_and_normalise(self, branch: Tensor, bias: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        norm = self.post_attention_layernorm
+        drops = self.training and self.hidden_dropout > 0.0
+        if norm.fused_with_addition is not None and not drops:
+            return norm.after_adding(branch, bias, residual)
+        x = self._add(branch, bias, residual)
+        return x, norm(x)
 
     def _add(self, branch: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
         with self.spread.hidden_stream(self.training and self.hidden_dropout > 0.0):
-            return bias_dropout_add(branch, bias, residual, self.hidden_dropout, self.training)
+            return self.dropout_add(branch, bias, residual, self.hidden_dropout, self.training)

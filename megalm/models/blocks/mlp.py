@@ -9,7 +9,9 @@ from megalm.parallel.linear import ColumnParallelLinear, RowParallelLinear
 
 
 class ParallelMLP(nn.Module):
-    """dense_h_to_4h -> bias and GELU -> dense_4h_to_h, without the last one's bias.
+    """dense_h_to_4h -> bias and GELU, or bias and gate -> dense_4h_to_h, without the last one's bias.
+
+    A gated dense_h_to_4h has features in pairs (value, gate), so that tensor shards concatenate without a permutation.
 
     Shapes: x [s, b, h] -> [s, b, h] (both [s/t, b, h] with sequence parallelism).
     """
@@ -19,7 +21,7 @@ class ParallelMLP(nn.Module):
         self.bias_gelu = kernels.bias_gelu
         self.dense_h_to_4h = ColumnParallelLinear(
             shape.hidden_size,
-            shape.ffn_size,
+            shape.ffn_inputs,
             tp=spread.tp,
             sequence_parallel=spread.splits_sequence,
             skip_bias_add=True,
@@ -35,6 +37,6 @@ class ParallelMLP(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = self.bias_gelu(self.dense_h_to_4h(x), self.dense_h_to_4h.added_bias())  # [s, b, h] -> [s, b, f/t]
+        wide = self.bias_gelu(self.dense_h_to_4h(x), self.dense_h_to_4h.added_bias())  # -> [s, b, f/t]
         narrow: Tensor = self.dense_4h_to_h(wide)  # -> [s, b, h]
         return narrow

@@ -19,13 +19,22 @@ class LayerNorm(MixedFusedLayerNorm):
 
     def __init__(self, hidden_size: int, *, epsilon: float, kernels: Kernels, spread: Spread) -> None:
         super().__init__(hidden_size, eps=epsilon, implementation=kernels.layer_norm)
+        self.fused_with_addition = kernels.add_layer_norm
         self.spread = spread
         mark_replicated(self.weight)
         mark_replicated(self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        weight: Tensor = self.weight
-        bias: Tensor = self.bias
-        if self.spread.splits_sequence:
-            weight, bias = sum_gradient_over(self.spread.tp, weight, bias)
+        weight, bias = self._parameters_with_whole_gradients()
         return self.implementation(x, weight, bias, self.eps)
+
+    def after_adding(self, x: Tensor, branch_bias: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """residual + (x + branch_bias), and its normalisation. Needs kernels that fuse the two."""
+        assert self.fused_with_addition is not None, "these kernels have no add_layer_norm"
+        weight, bias = self._parameters_with_whole_gradients()
+        return self.fused_with_addition(x, branch_bias, residual, weight, bias, self.eps)
+
+    def _parameters_with_whole_gradients(self) -> tuple[Tensor, ...]:
+        if self.spread.splits_sequence:
+            return sum_gradient_over(self.spread.tp, self.weight, self.bias)
+        return self.weight, self.bias

@@ -8,7 +8,7 @@ import torch
 
 from megalm.config.model import ModelConfig
 from megalm.kernels.attention.suitability import AttentionUse
-from megalm.kernels.backend import Choice, choose
+from megalm.kernels.backend import Choice, choose, choose_add_layer_norm
 from megalm.kernels.bias_gelu.eager import bias_gelu_erf
 from megalm.kernels.linear.torch_native import TorchLinear
 from megalm.models.blocks.arrangement import Kernels, Spread
@@ -32,6 +32,7 @@ def choose_kernels(
     bias_gelu: str = "auto",
     linear: str = "auto",
     head: str = "auto",
+    dropout_add: str = "auto",
     dtype: torch.dtype | None = None,
     documents: DocumentRules | None = None,
 ) -> tuple[Kernels, dict[str, Choice]]:
@@ -54,12 +55,17 @@ def choose_kernels(
         "layer_norm": choose("layer_norm", layer_norm, device),
         "linear": choose("linear", linear, device),
         "head": choose("head", head, device),
+        "dropout_add": choose("dropout_add", dropout_add, device),
     }
-    if model.activation == "gelu_erf":
+    if model.glu_activation is not None:
+        glu = choose("glu", bias_gelu, device)
+        choices["bias_gelu"] = Choice(glu.name, glu.implementation(model.glu_activation), glu.reason)
+    elif model.activation == "gelu_erf":
         choices["bias_gelu"] = Choice("torch", bias_gelu_erf, "the erf GELU has one implementation")
     else:
         choices["bias_gelu"] = choose("bias_gelu", bias_gelu, device)
     chosen = {name: choice.implementation for name, choice in choices.items()}
+    chosen["add_layer_norm"] = choose_add_layer_norm(choices["layer_norm"].name)
     head_linear = TorchLinear() if choices["linear"].name.startswith("fp8") else choices["linear"].implementation
     return Kernels(**chosen, head_linear=head_linear), choices
 

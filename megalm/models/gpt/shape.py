@@ -22,6 +22,7 @@ class GPTShape:
     embed_layernorm: bool
     tie_embeddings: bool
     activation: str
+    glu_activation: str | None
     init_std: float
 
     @property
@@ -53,6 +54,7 @@ def gpt_shape(model: ModelConfig, *, seq_length: int | None = None) -> GPTShape:
         alibi=alibi,
         hidden_dropout=model.hidden_dropout,
         attention_dropout=model.attention_dropout,
+        gated=model.glu_activation is not None,
     )
     return GPTShape(
         num_layers=model.num_layers,
@@ -62,5 +64,6 @@ def gpt_shape(model: ModelConfig, *, seq_length: int | None = None) -> GPTShape:
         embed_layernorm=model.embed_layernorm,
         tie_embeddings=model.tie_embeddings,
         activation=model.activation,
+        glu_activation=model.glu_activation,
         init_std=model.init_std,
     )

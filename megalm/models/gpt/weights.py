@@ -65,7 +65,7 @@ def weight_table(shape: GPTShape) -> tuple[Weight, ...]:
 
 
 def _block_weights(shape: GPTShape) -> list[tuple[str, tuple[int, ...], int | None]]:
-    h, f = shape.hidden_size, shape.block.ffn_size
+    h, f, f_in = shape.hidden_size, shape.block.ffn_size, shape.block.ffn_inputs
     return [
         ("input_layernorm.weight", (h,), None),
         ("input_layernorm.bias", (h,), None),
@@ -75,8 +75,8 @@ def _block_weights(shape: GPTShape) -> list[tuple[str, tuple[int, ...], int | No
         ("self_attention.dense.bias", (h,), None),
         ("post_attention_layernorm.weight", (h,), None),
         ("post_attention_layernorm.bias", (h,), None),
-        ("mlp.dense_h_to_4h.weight", (f, h), 0),
-        ("mlp.dense_h_to_4h.bias", (f,), 0),
+        ("mlp.dense_h_to_4h.weight", (f_in, h), 0),
+        ("mlp.dense_h_to_4h.bias", (f_in,), 0),
         ("mlp.dense_4h_to_h.weight", (h, f), 1),
         ("mlp.dense_4h_to_h.bias", (h,), None),
     ]

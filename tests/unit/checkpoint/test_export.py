@@ -114,6 +114,8 @@ def test_dtype_is_the_checkpoints_unless_asked_for(tmp_path: Path) -> None:
     [
         ({"activation": "gelu_erf"}, "--no-bias-gelu-fusion"),
         ({"tie_embeddings": False}, "untied head"),
+        ({"glu_activation": "swiglu"}, "swiglu: .*--glu-activation"),
+        ({"glu_activation": "geglu", "position_embedding": "learned", "embed_layernorm": False}, "--glu-activation"),
         ({"ffn_hidden_size": 40}, "--ffn-hidden-size"),
         ({"embed_layernorm": False}, "--embed-layernorm"),
         ({"position_embedding": "learned"}, "--position-embedding-type"),

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import pytest
 import torch
 
 from megalm.errors import KernelError
 from megalm.kernels import backend
 from megalm.kernels.bias_gelu import jit
+from tests.support.triton_device import INSTALLED
 
 CPU = torch.device("cpu")
-OPERATIONS = ["attention", "layer_norm", "bias_gelu"]
+OPERATIONS = ["attention", "layer_norm", "bias_gelu", "head", "dropout_add"]
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
@@ -18,7 +21,7 @@ def test_auto_names_its_pick_and_the_reason(operation: str) -> None:
     choice = backend.choose(operation, "auto", CPU)
     assert choice.name != "auto"
     assert choice.reason
-    assert callable(choice.implementation)
+    assert choice.implementation is not None
 
 
 @pytest.mark.parametrize(
@@ -30,6 +33,10 @@ def test_auto_names_its_pick_and_the_reason(operation: str) -> None:
         ("layer_norm", "torch"),
         ("bias_gelu", "torch"),
         ("bias_gelu", "jit"),
+        ("glu", "torch"),
+        ("head", "reference"),
+        ("head", "chunked"),
+        ("dropout_add", "torch"),
     ],
 )
 def test_named_implementation_is_taken(operation: str, name: str) -> None:
@@ -38,14 +45,43 @@ def test_named_implementation_is_taken(operation: str, name: str) -> None:
 
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_unknown_name_is_refused_with_those_that_work(operation: str) -> None:
-    with pytest.raises(KernelError, match=rf"output.{operation} = 'apex' .*\n.*: auto, "):
-        backend.choose(operation, "apex", CPU)
+    with pytest.raises(KernelError, match=rf"output.{operation} = 'mkl' .*\n.*: auto, "):
+        backend.choose(operation, "mkl", CPU)
 
 
 def test_named_jit_is_refused_and_auto_avoids_it_where_scripting_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jit, "scripting_failure", lambda: "RuntimeError: no TorchScript")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(KernelError, match=r"'jit' cannot run on cpu: .*no TorchScript(.|\n)*: auto, torch$"):
         backend.choose("bias_gelu", "jit", CPU)
     gpu_choice = backend.choose("bias_gelu", "auto", torch.device("cuda"))
     assert gpu_choice.name == "torch"
     assert "no TorchScript" in gpu_choice.reason
+
+
+@pytest.mark.parametrize("operation", ["layer_norm", "bias_gelu", "glu", "head", "dropout_add"])
+def test_triton_by_name_is_refused_on_a_cpu_and_where_it_is_not_installed(
+    operation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(KernelError, match=r"'triton' cannot run on cpu: Triton compiles for GPUs"):
+        backend.choose(operation, "triton", CPU)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(KernelError, match=r"'triton' cannot run on cuda: Triton is not installed"):
+        backend.choose(operation, "triton", torch.device("cuda"))
+    assert backend.choose(operation, "auto", torch.device("cuda")).name != "triton"
+
+
+@pytest.mark.skipif(not INSTALLED, reason="Triton is not installed")
+@pytest.mark.parametrize("operation", ["layer_norm", "bias_gelu", "glu", "head"])
+def test_auto_takes_triton_on_a_gpu(operation: str) -> None:
+    assert backend.choose(operation, "auto", torch.device("cuda")).name == "triton"
+
+
+def test_only_tritons_layer_norm_brings_the_addition_along() -> None:
+    assert backend.choose_add_layer_norm("torch") is None
+    assert INSTALLED is False or backend.choose_add_layer_norm("triton") is not None
+
+
+def test_apex_by_name_is_refused_where_it_is_not() -> None:
+    with pytest.raises(KernelError, match="'apex' cannot run on cpu: apex's kernels are for GPUs"):
+        backend.choose("layer_norm", "apex", CPU)

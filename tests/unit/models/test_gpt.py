@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megalm.config.model import ModelConfig
+from megalm.kernels.layer_norm import oracle
 from megalm.models.blocks.arrangement import Spread
+from megalm.models.flops import matmul_parameters
 from megalm.models.gpt.build import build_model, choose_kernels, plan_gpt
 from megalm.models.gpt.loss import next_token_loss
 from megalm.models.gpt.model import GPT
@@ -69,6 +73,47 @@ def test_fused_head_gives_the_loss_and_gradients_of_the_logits_in_full(model: Mo
     for reference, fused in zip(*results, strict=True):
         # fp32 sums in another order, through two blocks.
         torch.testing.assert_close(fused, reference, rtol=1e-5, atol=1e-5 * reference.abs().max().item())
+
+
+@pytest.mark.parametrize("gate", ["geglu", "swiglu", "reglu", "liglu"])
+def test_gated_mlp_multiplies_values_by_their_activated_gates(gate: str) -> None:
+    module = _model(small.bloom(glu_activation=gate, ffn_hidden_size=40))
+    mlp, x = module.h[0].mlp, torch.randn(3, 2, 48, generator=torch.Generator().manual_seed(0))
+    assert mlp.dense_h_to_4h.weight.shape == (80, 48)
+    assert mlp.dense_4h_to_h.weight.shape == (48, 40)
+    weight, bias = mlp.dense_h_to_4h.weight.detach(), mlp.dense_h_to_4h.bias.detach()
+    value, gated = F.linear(x, weight[0::2], bias[0::2]), F.linear(x, weight[1::2], bias[1::2])
+    act = {"geglu": F.gelu, "swiglu": F.silu, "reglu": F.relu, "liglu": lambda x: x}[gate]
+    expected = F.linear(value * act(gated), mlp.dense_4h_to_h.weight)
+    # fp32 products of 48 and 40 terms, in another order.
+    torch.testing.assert_close(mlp(x), expected, rtol=1e-5, atol=1e-5)
+    # Each of the two blocks has the gates' rows more.
+    shapes = [small.bloom(ffn_hidden_size=40, glu_activation=glu) for glu in (gate, None)]
+    assert matmul_parameters(shapes[0]) - matmul_parameters(shapes[1]) == 2 * 40 * 48
+
+
+@pytest.mark.parametrize("drops", [False, True])
+def test_block_uses_the_addition_fused_with_the_norm_unless_it_drops(drops: bool) -> None:
+    config = small.bloom(hidden_dropout=0.1 if drops else 0.0)
+    calls = []
+
+    def fused(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        calls.append(arguments)
+        return oracle.add_layer_norm(*arguments)
+
+    kernels, _ = choose_kernels(config, device=torch.device("cpu"))
+    modules = [
+        build_model(plan_gpt(config, kernels=replace(kernels, add_layer_norm=form)), seed=1) for form in (None, fused)
+    ]
+    tokens, losses = _tokens(), []
+    for module in modules:
+        torch.manual_seed(0)
+        losses.append(module(tokens[:, :-1], tokens[:, 1:]))
+        losses[-1].backward()
+    assert len(calls) == (0 if drops else 2)
+    torch.testing.assert_close(*losses, rtol=1e-6, atol=0)
+    for ours, theirs in zip(*(module.parameters() for module in modules), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-6)
 
 
 def test_loss_without_a_mask_counts_every_token() -> None:
