@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from megalm.topology import start
 from tests.support.ranks import run_ranks
 from tests.support.tiny_run import MODEL_FLAGS, TRAINING_FLAGS, write_corpus
 
@@ -24,6 +25,7 @@ PROGRAM = str(Path(__file__).parents[2] / "pretrain_gpt.py")
 def run_program(flags: list[str]) -> tuple[Any, str]:
     """The program as its launcher starts it, in this rank; exit code and what it wrote to stderr."""
     sys.argv = [PROGRAM, *MODEL_FLAGS, *TRAINING_FLAGS, *flags]
+    start.leave = sys.exit  # the program ends its process at once, which here still has to report
     said = io.StringIO()
     with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
         try:
