@@ -161,5 +161,5 @@ def optimizer_state_of(optimizer: Any) -> OptimizerState:
     if isinstance(optimizer, torch.optim.Optimizer):
         return PlainState(optimizer, optimizer)
     raise CheckpointError(
-        f"megalm cannot load into {type(optimizer).__name__}\n  use fp32, bf16, or fp16 with --zero-stage 1"
+        f"megalm cannot load into {type(optimizer).__name__}\n  use one of ZeRO's stages, or fp32 without"
     )

@@ -51,8 +51,9 @@ REFUSED = {
 def deepspeed_json(config: Config, *, dp_size: int) -> dict[str, Any]:
     """What `deepspeed.initialize` receives as its configuration.
 
-    train_batch_size is the final global batch; a ramp-up changes the engine's batch while it runs. bf16 with ZeRO-0
-    is written as stage 1, the one stage whose optimizer keeps fp32 masters and fp32 gradients beside bf16 weights.
+    train_batch_size is the final global batch; a ramp-up changes the engine's batch while it runs. 16 bits
+    with ZeRO-0 are written as stage 1, whose optimizer keeps fp32 masters beside the weights (and in bf16 gradients of
+    fp32), flat, in the one form of checkpoint that every layout and stage can load.
     """
     training = config.training
     micro_batch_size = training.micro_batch_size
@@ -91,8 +92,8 @@ def deepspeed_json(config: Config, *, dp_size: int) -> dict[str, Any]:
 
 
 def effective_zero_stage(config: Config) -> int:
-    """The ZeRO stage that the engine runs: the one asked for, but at least 1 in bf16 (see `deepspeed_json`)."""
-    return max(config.parallel.zero_stage, 1) if config.training.dtype == "bf16" else config.parallel.zero_stage
+    """The ZeRO stage that the engine runs: the one asked for, but at least 1 in 16 bits (see `deepspeed_json`)."""
+    return config.parallel.zero_stage if config.training.dtype == "fp32" else max(config.parallel.zero_stage, 1)
 
 
 def load_deepspeed_file(path: str, settings: Settings) -> None:

@@ -77,7 +77,10 @@ def notes(config: Config) -> list[str]:
     """What was resolved rather than asked for; a run logs each line once."""
     found = []
     if effective_zero_stage(config) != config.parallel.zero_stage:
-        found.append("parallel.zero_stage = 0 in bf16 runs as stage 1, the one with fp32 masters and fp32 gradients")
+        found.append(
+            f"parallel.zero_stage = 0 in {config.training.dtype} runs as stage 1, the one with fp32 masters that every "
+            "layout can load"
+        )
     if config.model.position_embedding == "alibi" and config.model.max_position_embeddings is not None:
         found.append("model.max_position_embeddings has no effect: ALiBi has no table of positions")
     if config.model.position_embedding == "alibi" and config.data.reset_position_ids:
