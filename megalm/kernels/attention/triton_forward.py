@@ -28,9 +28,9 @@ def key_norms(
     stride_s: tl.tensor,
     num_heads: tl.tensor,
     num_positions: tl.tensor,
-    head_size: tl.tensor,
-    BLOCK: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
     D: tl.constexpr,
+    BLOCK: tl.constexpr,
 ) -> None:
     """The largest |k|^2 of each block. Shapes: k [b, n, s, d] -> norms [b, n, blocks] fp32."""
     batch_head = tl.program_id(0).to(tl.int64)
@@ -38,7 +38,7 @@ def key_norms(
     columns = tl.arange(0, D)
     base = k + (batch_head // num_heads) * stride_b + (batch_head % num_heads) * stride_n
     offsets = rows.to(tl.int64)[:, None] * stride_s + columns[None, :]
-    inside = (rows < num_positions)[:, None] & (columns < head_size)[None, :]
+    inside = (rows < num_positions)[:, None] & (columns < HEAD_SIZE)[None, :]
     values = tl.load(base + offsets, mask=inside, other=0.0).to(tl.float32)
     largest = tl.max(tl.sum(values * values, axis=1), axis=0)
     tl.store(norms + batch_head * tl.num_programs(1) + tl.program_id(1), largest)

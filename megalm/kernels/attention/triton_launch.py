@@ -173,7 +173,7 @@ def _key_norms(k: Tensor) -> Tensor:
     b, n, s, d = k.shape
     norms = torch.empty(b, n, ceil_div(s, NORM_BLOCK), dtype=torch.float32, device=k.device)
     triton_forward.key_norms[(b * n, norms.size(2))](
-        k, norms, *k.stride()[:3], n, s, d, BLOCK=NORM_BLOCK, D=padded_head_size(d), num_warps=8
+        k, norms, *k.stride()[:3], n, s, HEAD_SIZE=d, D=padded_head_size(d), BLOCK=NORM_BLOCK, num_warps=8
     )
     return norms
 
