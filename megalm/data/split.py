@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from pathlib import Path
 
 from megalm.errors import DataError
 
@@ -114,20 +113,6 @@ def parse_groups(texts: tuple[str, ...]) -> tuple[Group, ...]:
         if names.count(name) > 1:
             raise DataError(f"two weighted groups are called {name!r}; give each its own name")
     return groups
-
-
-def read_groups_file(path: str | Path) -> tuple[str, ...]:
-    """The groups of a `*-weighted-split-paths-path` file: double-quoted, with a space between them."""
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"cannot read the weighted groups in {path}: {error}") from error
-    groups = re.findall(r'"([^"]*)"', text)
-    if not groups or re.sub(r'"[^"]*"', "", text).strip():
-        raise DataError(
-            f'{path} must hold weighted groups in double quotes, such as "A: 1.0 0:0.9 corpus_text_document"'
-        )
-    return tuple(groups)
 
 
 def _weight(text: str, where: str) -> float:

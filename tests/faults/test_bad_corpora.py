@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 
 from megalm.config.data import DataConfig
+from megalm.config.parse import parse_command_line
 from megalm.data.build import build_datasets
 from megalm.data.gpt_dataset import GPTDataset
 from megalm.data.indexed import IndexedDataset
 from megalm.data.indexed_writer import IndexedWriter
 from megalm.data.sidecar import check_index_hash
-from megalm.data.split import read_groups_file
-from megalm.errors import DataError
+from megalm.errors import ConfigError, DataError
 from tests.faults.report import Figures
 from tests.support.damaged_corpora import (
     BAD_GROUPS,
@@ -27,6 +27,7 @@ from tests.support.damaged_corpora import (
     INDEX_FAULTS,
     write_named,
 )
+from tests.support.tiny_run import MODEL_FLAGS, TRAINING_FLAGS
 from tests.support.token_files import write_by_description
 
 SECONDS_TO_ANSWER = 5.0
@@ -103,8 +104,9 @@ def test_hostile_names(tmp_path: Path, figures: Figures) -> None:
         (tmp_path / "a folder").mkdir()
         (tmp_path / "latin-1").write_bytes('"é: 1 0:1 a"'.encode("latin-1"))
         for name in ("missing", "a folder", "latin-1"):
-            with count.case(f"groups file {name}"), pytest.raises(DataError, match="cannot read the weighted groups"):
-                read_groups_file(tmp_path / name)
+            path = str(tmp_path / name)
+            with count.case(f"groups file {name}"), pytest.raises(ConfigError, match=re.escape(path)):
+                parse_command_line([*MODEL_FLAGS, *TRAINING_FLAGS, "--train-weighted-split-paths-path", path])
     assert count.total >= 10
 
 

@@ -1,13 +1,11 @@
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from megalm.data.order import BIGSCIENCE, MEGATRON_CORE
-from megalm.data.split import Group, Member, parse_data_path, parse_group, parse_groups, read_groups_file
+from megalm.data.split import Group, Member, parse_data_path, parse_group, parse_groups
 from megalm.errors import DataError
 
 
@@ -80,11 +78,3 @@ def test_bad_weighted_group_is_refused(text: str) -> None:
 def test_groups_with_one_name_are_refused() -> None:
     with pytest.raises(DataError, match="two weighted groups are called 'V'"):
         parse_groups(("V: 1 0:1 a", "V: 1 0:1 b"))
-
-
-def test_groups_file_is_one_line_of_quoted_groups(tmp_path: Path) -> None:
-    (tmp_path / "groups").write_text('"A: 1 0:1 a, 2 0:1 b" "B: 1 0:0.5 c"\n')
-    assert read_groups_file(tmp_path / "groups") == ("A: 1 0:1 a, 2 0:1 b", "B: 1 0:0.5 c")
-    (tmp_path / "bare").write_text("A: 1 0:1 a")
-    with pytest.raises(DataError, match="double quotes"):
-        read_groups_file(tmp_path / "bare")
