@@ -56,6 +56,24 @@ def test_maps_that_are_built_before_are_those_of_the_run(tmp_path: Path, capsys:
     assert "sample 7 of step 1" in capsys.readouterr().out
 
 
+def test_tracing_shows_document_offset_and_text_of_every_piece(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_by_description(tmp_path / "c", [[[10 * i + j for j in range(6)]] for i in range(9)])
+    command_line = [*MODEL_FLAGS, *TRAINING_FLAGS, "--data-path", str(tmp_path / "c"), "--split", "1,0,0"]
+    assert tool("trace_samples", "--samples", "0:1", "--", *command_line) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert [line for line in said if line.startswith("sample")] == ["sample 0", "sample 1"]
+    shown = 0
+    for where, text in zip(said, said[1:], strict=False):
+        if "document" in where:
+            document, offset = (int(where.split(word)[1].split(",")[0]) for word in ("document ", "from token "))
+            ids = [int(word) for word in text.split()]
+            assert ids == list(range(10 * document + offset, 10 * document + offset + len(ids)))
+            shown += len(ids)
+    assert shown == 2 * 17
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
