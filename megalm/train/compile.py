@@ -114,6 +114,7 @@ def _keep_outside(block: ParallelTransformerLayer) -> None:
     if block.spread.splits_sequence:
         for norm in (block.input_layernorm, block.post_attention_layernorm):
             _cut_at(norm, "forward")
+            _cut_at(norm, "after_adding")
 
 
 def _cut_at(module: nn.Module, method: str) -> None:
