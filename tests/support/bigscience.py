@@ -81,7 +81,7 @@ def write_bigscience(
     truth: dict[str, dict[str, Tensor]] = {}
     for key, weights in sources.items():
         for weight, tensor in weights:
-            truth.setdefault(weight.name, {})[key] = tensor
+            truth.setdefault(weight.name, {})[key] = tensor.abs() if key == "exp_avg_sq" else tensor
 
     def part(weight: Weight, key: str, rank: int) -> Tensor:
         whole = truth[weight.name][key]
