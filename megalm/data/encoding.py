@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from megalm.data.documents import Block
 from megalm.data.lines import BadLine
-from megalm.data.long_line import LONG_STRING_BYTES, LongText, cut_before_spaces
+from megalm.data.long_line import LONG_STRING_BYTES, BufferText, LongText, cut_before_spaces
 from megalm.data.parquet import BadRow
 from megalm.errors import DataError
 
@@ -92,9 +92,9 @@ class _Packer:
         self._sentences: list[int] = []
         self._end = np.array([recipe.eod_id], recipe.dtype) if recipe.eod_id is not None else None
 
-    def add(self, text: str | LongText) -> bool:
+    def add(self, text: str | LongText | BufferText) -> bool:
         """Append a document; False if it gave no token and so is left out."""
-        if isinstance(text, LongText):
+        if not isinstance(text, str):
             lengths = [self._append(cut_before_spaces(text))]
         elif self.recipe.split_sentences is not None:
             lengths = [self._append([sentence]) for sentence in self.recipe.split_sentences(text)]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megalm.data.long_line import PIECE, LongLineError, LongText, skeleton
+from megalm.data.long_line import PIECE, BufferText, LongLineError, LongText, skeleton
 
 BOM = b"\xef\xbb\xbf"
 
@@ -30,7 +30,7 @@ class BadLine:
 Document = tuple[str, ...]
 """The text of each key."""
 
-LongDocument = tuple[str | LongText, ...]
+LongDocument = tuple[str | LongText | BufferText, ...]
 """The text of each key, or where it lies."""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import re
 import uuid
@@ -57,13 +58,29 @@ class LongText:
                 rest = raw[stop:]
 
 
-def cut_before_spaces(text: str | LongText) -> Iterator[str]:
+@dataclass(frozen=True)
+class BufferText:
+    """A string that stays in a buffer, as UTF-8."""
+
+    data: memoryview
+
+    def pieces(self) -> Iterator[str]:
+        """The decoded text, in pieces that join to the whole.
+
+        Raises: UnicodeDecodeError for bytes that are no text.
+        """
+        decoder = codecs.getincrementaldecoder("utf-8")()
+        for start in range(0, len(self.data), PIECE):
+            yield decoder.decode(self.data[start : start + PIECE], start + PIECE >= len(self.data))
+
+
+def cut_before_spaces(text: str | LongText | BufferText) -> Iterator[str]:
     """A text in pieces that end after an ASCII letter or digit and before a space or line feed.
 
     Pre-tokenizers that never join these two into one piece give the same tokens for the pieces as for the whole.
     """
     held = ""
-    for piece in text.pieces() if isinstance(text, LongText) else _slices(text):
+    for piece in _slices(text) if isinstance(text, str) else text.pieces():
         held += piece
         cut = _last_cut(held)
         if cut:

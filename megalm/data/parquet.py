@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from megalm.data.inputs import Position, Source
-from megalm.data.lines import Document
+from megalm.data.lines import LongDocument
+from megalm.data.long_line import LONG_LINE_BYTES, LONG_STRING_BYTES, BufferText
 from megalm.errors import DataError
 
 BATCH_BYTES = 1 << 20
@@ -21,6 +22,9 @@ with sixteen that costs a twentieth of the time that tokenizing takes."""
 
 BLOCK_LIMIT = 8 << 20
 """Bytes of the largest block, whatever the size of its row group, so that the ids of many workers fit in memory."""
+
+
+TEXT_TYPES = ("string", "large_string", "string_view")
 
 
 @dataclass(frozen=True)
@@ -60,16 +64,16 @@ class RowBlock:
         """About its bytes."""
         return self.num_rows * self.row_bytes
 
-    def documents(self, keys: Sequence[str], *, by_pieces: bool = False) -> Iterator[Document | BadRow]:
-        """The document of each row.
+    def documents(self, keys: Sequence[str], *, by_pieces: bool = False) -> Iterator[LongDocument | BadRow]:
+        """The document of each row; `by_pieces` leaves texts that are too long for memory in the buffers of pyarrow.
 
         Raises: DataError if the file is damaged.
         """
         row = self.first_row
-        for texts in self._rows(keys):
+        for texts in self._rows(keys, by_pieces):
             reason = next((text.reason for text in texts if isinstance(text, _Refused)), None)
             if reason is None:
-                yield tuple(text for text in texts if isinstance(text, str))
+                yield tuple(text for text in texts if not isinstance(text, _Refused))
             else:
                 yield BadRow(self.row_group, row, reason)
             row += 1
@@ -81,7 +85,7 @@ class RowBlock:
         """Where the next block starts."""
         return Position(self.source, self.offset + self.num_rows)
 
-    def _rows(self, keys: Sequence[str]) -> Iterator[tuple[str | _Refused, ...]]:
+    def _rows(self, keys: Sequence[str], by_pieces: bool) -> Iterator[tuple[str | BufferText | _Refused, ...]]:
         with _opened(self.path) as file:
             names = file.schema_arrow.names
             missing = {key: _missing(key, names) for key in keys if key not in names}
@@ -91,9 +95,11 @@ class RowBlock:
             present = [key for key in keys if key not in missing]
             for batch in self._batches(file, present):
                 columns = [missing[key] if key in missing else batch.column(key) for key in keys]
-                yield from zip(
-                    *(_texts(c, k, len(batch), self.longest) for c, k in zip(columns, keys, strict=True)), strict=True
-                )
+                found = [
+                    _texts(column, key, len(batch), self.longest, by_pieces)
+                    for column, key in zip(columns, keys, strict=True)
+                ]
+                yield from zip(*found, strict=True)
 
     def _batches(self, file: Any, keys: list[str]) -> Iterator[Any]:
         """The rows of this block, some at a time; without a single column there is nothing but their number."""
@@ -174,28 +180,47 @@ def _missing(key: str, names: Sequence[str]) -> _Refused:
     return _Refused(f"no column {key!r}; its columns are {', '.join(names[:8]) or 'none'}")
 
 
-def _texts(column: Any, key: str, size: int, longest: int) -> Iterator[str | _Refused]:
+def _texts(column: Any, key: str, size: int, longest: int, by_pieces: bool) -> Iterator[str | BufferText | _Refused]:
     if isinstance(column, _Refused):
         yield from [column] * size
         return
-    try:
-        values: Iterator[Any] = iter(column.to_pylist())
-    except UnicodeDecodeError:
-        values = (_value(scalar) for scalar in column)
-    kind = column.type
-    for value in values:
-        if isinstance(value, str):
+    for value in _values(column, by_pieces):
+        if isinstance(value, BufferText):
+            long = len(value.data) > longest
+        elif isinstance(value, str):
             # A character takes four bytes at most, so that most texts need not be encoded to know.
             long = 4 * len(value) > longest and len(value.encode()) > longest
-            yield _Refused(f"column {key!r} holds a text longer than {longest} bytes") if long else value
         elif isinstance(value, _Refused):
             yield _Refused(f"column {key!r} holds {value.reason}")
+            continue
         else:
-            yield _Refused(f"column {key!r} holds {'null' if value is None else kind}, not a string")
+            yield _Refused(f"column {key!r} holds {'null' if value is None else column.type}, not a string")
+            continue
+        yield _Refused(f"column {key!r} holds a text longer than {longest} bytes") if long else value
 
 
-def _value(scalar: Any) -> Any:
+def _values(column: Any, by_pieces: bool) -> Iterator[Any]:
+    if not (by_pieces and column.nbytes > LONG_LINE_BYTES):
+        try:
+            yield from column.to_pylist()
+            return
+        except UnicodeDecodeError:
+            # One of them is wrong; the others are good.
+            pass
+    for scalar in column:
+        yield _value(scalar, by_pieces)
+
+
+def _value(scalar: Any, by_pieces: bool) -> Any:
+    text = str(scalar.type) in TEXT_TYPES
+    buffer = scalar.as_buffer() if by_pieces and text and scalar.is_valid else None
     try:
-        return scalar.as_py()
+        if buffer is None or len(buffer) <= LONG_STRING_BYTES:
+            return scalar.as_py()
+        long = BufferText(memoryview(buffer))
+        # Every long string is decoded once before a token is made of it, so that a bad one leaves no trace.
+        for _ in long.pieces():
+            pass
+        return long
     except UnicodeDecodeError as error:
-        return _Refused(f"bytes that are not UTF-8: {error.object[error.start]:#04x} at byte {error.start + 1}")
+        return _Refused(f"bytes that are not UTF-8, the first of them {error.object[error.start]:#04x}")

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from megalm.data.bad_lines import shown
 from megalm.data.documents import blocks
 from megalm.data.inputs import Source
-from megalm.data.long_line import LONG_LINE_BYTES, LongText
+from megalm.data.long_line import LONG_LINE_BYTES
 from megalm.errors import DataError
 
 SAMPLE_DOCUMENTS = 64
@@ -38,7 +38,7 @@ def iterate_texts(
         for document in block.documents(keys):
             number += 1
             if isinstance(document, tuple):
-                yield from (text for text in document if not isinstance(text, LongText))
+                yield from (text for text in document if isinstance(text, str))
             elif not skip_bad_lines:
                 raise DataError(f"{sources[block.source].path}, {shown(document.place(lines))}: {document.reason}")
         lines += number

@@ -105,7 +105,7 @@ BAD_COLUMNS: dict[str, tuple[Callable[[], Any], str]] = {
     "list": (lambda: pyarrow.array([["a"]] * 4), "row group 0, row 0: column 'text' holds list<"),
     "not utf-8": (
         lambda: pyarrow.array([b"a", b"b", b"c", b"caf\xe9"]).view(pyarrow.string()),
-        "row group 1, row 1: column 'text' holds bytes that are not UTF-8: 0xe9 at byte 4",
+        "row group 1, row 1: column 'text' holds bytes that are not UTF-8, the first of them 0xe9",
     ),
     "too long": (
         lambda: pyarrow.array(["a", "b" * 101, "c", "d"]),
@@ -162,6 +162,33 @@ def test_each_damage_of_a_file_is_named(tmp_path: Path, change: Callable[[bytes]
     with pytest.raises(DataError, match=r"a\.parquet.*: damaged, or no parquet file: "):
         run(source, tmp_path / "out", skip_bad_lines=True, workers=1)
     assert [path.name for path in tmp_path.iterdir()] == ["a.parquet"]
+
+
+@pytest.mark.parametrize("kind", ["string", "large_string", "string_view", "dictionary", "binary", "not utf-8"])
+def test_long_texts_give_the_same_bytes_in_pieces(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, texts: list[str], kind: str
+) -> None:
+    types = {
+        "dictionary": pyarrow.dictionary(pyarrow.int32(), pyarrow.string()),
+        "large_string": pyarrow.large_string(),
+        "string_view": pyarrow.string_view(),
+        "binary": pyarrow.binary(),
+    }
+    column = pyarrow.array([text * 9 + " a b" for text in texts]).cast(types.get(kind, pyarrow.string()))
+    if kind == "not utf-8":
+        column = pyarrow.array([b"caf\xe9 au lait" * 30] * 300).view(pyarrow.string())
+    source = write(tmp_path / "a.parquet", {"text": column}, row_group_size=100)
+    run(source, tmp_path / "plain", skip_bad_lines=True)
+    for module, name, value in (
+        ("parquet", "LONG_LINE_BYTES", 50),
+        ("parquet", "LONG_STRING_BYTES", 100),
+        ("long_line", "PIECE", 7),
+    ):
+        monkeypatch.setattr(f"megalm.data.{module}.{name}", value)
+    splittable = Recipe(**{**RECIPE.__dict__, "splittable": True})
+    done = run(source, tmp_path / "out", recipe=splittable, skip_bad_lines=True)
+    assert corpus_bytes(tmp_path / "out") == corpus_bytes(tmp_path / "plain")
+    assert done.skipped == (300 if kind in ("binary", "not utf-8") else 0)
 
 
 def test_without_pyarrow_the_error_says_how_to_install_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
