@@ -19,7 +19,7 @@ def block(x: Tensor, bias: Tensor, weight: Tensor, wide: Tensor) -> Tensor:
     """Every operation that a block may call, one after the other."""
     normed = layer_norm(x, weight, bias, 1e-5)
     total, again = add_layer_norm(normed, bias, x, weight, bias, 1e-5)
-    heads = rotary(again.view(1, 2, 4, 8), torch.ones(4, 4))
+    heads = rotary(again.view(1, 2, 4, 8), torch.ones(4, 4, device=x.device))
     scores = scale_mask_softmax(heads @ heads.transpose(2, 3), None, scale=0.3)
     activated = bias_gelu(torch.cat((again, again), dim=-1), wide)
     gated = TritonGlu("swiglu")(activated, wide)
@@ -34,7 +34,7 @@ def test_a_function_of_all_kernels_is_one_graph_with_the_same_gradients(
         pytest.skip("--full loads torch.compile, which takes seconds")
     generator = torch.Generator().manual_seed(0)
     shapes = ((8, 8), (8,), (8,), (16,))
-    values = [torch.randn(*shape, generator=generator) for shape in shapes]
+    values = [torch.randn(*shape, generator=generator).to(triton_device) for shape in shapes]
     results = []
     for function in (block, torch.compile(block, fullgraph=True, dynamic=False, backend="aot_eager")):
         leaves = [value.clone().requires_grad_() for value in values]
@@ -67,6 +67,8 @@ OPERATIONS: dict[str, tuple[Any, ...]] = {
 def test_operation_says_what_it_changes_and_what_it_returns(name: str, triton_device: torch.device) -> None:
     import megalm.kernels.cross_entropy.triton_rows  # noqa: F401  registers the last two
 
-    arguments = tuple(value.clone() if isinstance(value, Tensor) else value for value in OPERATIONS[name])
+    arguments = tuple(
+        value.to(triton_device, copy=True) if isinstance(value, Tensor) else value for value in OPERATIONS[name]
+    )
     operation = getattr(torch.ops.megalm, name).default
     torch.library.opcheck(operation, arguments, test_utils=("test_schema", "test_faketensor"))
