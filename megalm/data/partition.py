@@ -41,7 +41,7 @@ def span(
     Sources count by the bytes of their files. A document belongs to the part in which its first byte lies, the rows
     of a parquet file being taken for equally long; a packed file goes whole to the part in which it starts.
     """
-    starts = _starts(sources)
+    starts = source_starts(sources)
 
     def boundary(index: int) -> Position:
         at = starts[-1] * index // partition.count
@@ -74,7 +74,7 @@ def _aligned(sources: Sequence[Source], number: int, at: int, max_line_bytes: in
 
 def byte_of(sources: Sequence[Source], position: Position) -> int:
     """How many bytes of the files lie before a position, about."""
-    before = _starts(sources)[position.source]
+    before = source_starts(sources)[position.source]
     if not position.offset:
         return before
     source = sources[position.source]
@@ -93,5 +93,6 @@ def corpus_digest(sources: Sequence[Source], about: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps([files, about], sort_keys=True).encode()).hexdigest()
 
 
-def _starts(sources: Sequence[Source]) -> list[int]:
+def source_starts(sources: Sequence[Source]) -> list[int]:
+    """Bytes of the files before each, and of all."""
     return list(itertools.accumulate((source.size_bytes for source in sources), initial=0))

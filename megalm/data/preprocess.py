@@ -18,8 +18,9 @@ from megalm.data.indexed_writer import IndexedWriter, commit
 from megalm.data.inputs import Position, Source
 from megalm.data.journal import read_journal, write_journal
 from megalm.data.lines import BadLine, count_line_feeds
+from megalm.data.output_lock import only_writer
 from megalm.data.parquet import BadRow
-from megalm.data.partition import WHOLE, Partition, byte_of, corpus_digest, span
+from megalm.data.partition import WHOLE, Partition, byte_of, corpus_digest, source_starts, span
 from megalm.data.source_hashes import SourceHashes
 from megalm.data.workers import encode_in_order
 from megalm.errors import DataError
@@ -95,7 +96,8 @@ def preprocess(job: Job, *, report: Report | None = None) -> Progress:
 
     Raises: DataError for bad input, an output that exists or cannot be written, too little space.
     """
-    return _Work(job, report or (lambda progress: None)).run()
+    with only_writer(job.output_prefix):
+        return _Work(job, report or (lambda progress: None)).run()
 
 
 class _Work:
@@ -103,6 +105,7 @@ class _Work:
         self.job = job
         self.report = report
         self.start, self.stop = span(job.sources, job.partition, max_line_bytes=job.max_line_bytes)
+        self.starts = source_starts(job.sources)
         self.first_byte = byte_of(job.sources, self.start)
         self.progress = Progress(byte_of(job.sources, self.stop) - self.first_byte)
         self.position = self.start
@@ -192,8 +195,7 @@ class _Work:
         progress.empty += encoded.num_empty
         progress.skipped += len(encoded.bad)
         progress.tokens = sum(writer.num_tokens for writer in writers.values())
-        before = sum(source.size_bytes for source in self.job.sources[: block.source])
-        progress.done_bytes = before + block.consumed_bytes - self.first_byte
+        progress.done_bytes = self.starts[block.source] + block.consumed_bytes - self.first_byte
         self.position = block.end(line + encoded.num_lines)
 
     def _bad_line(self, number: int, bad: BadLine | BadRow, lines: int) -> None:

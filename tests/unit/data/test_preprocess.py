@@ -38,9 +38,11 @@ def recipe(**change: object) -> Recipe:
     return Recipe(**{**fields, **change})
 
 
-def run(inputs: list[Path], output: Path, **change: object) -> Progress:
+def run(
+    inputs: list[Path], output: Path, *, report: Callable[[Progress], None] | None = None, **change: object
+) -> Progress:
     fields: dict = {"workers": 0, "recipe": recipe(), **change}
-    return preprocess(Job(find_sources([str(path) for path in inputs]), str(output), **fields))
+    return preprocess(Job(find_sources([str(path) for path in inputs]), str(output), **fields), report=report)
 
 
 def corpus_bytes(output: Path) -> tuple[bytes, bytes]:
@@ -220,23 +222,25 @@ def test_input_that_is_missing_or_unknown_is_named(tmp_path: Path) -> None:
         find_sources([str(tmp_path / "a.jsonl")] * 2)
 
 
+@pytest.mark.parametrize("suffix", ["gz", "zst"])
 @pytest.mark.parametrize(
     "change",
     [
         lambda raw: raw[: len(raw) // 2],
         lambda raw: raw[:-4],
         lambda raw: raw[:1000] + bytes([raw[1000] ^ 1]) + raw[1001:],
-        lambda raw: b"not gzip at all",
+        lambda raw: b"not an archive at all",
         lambda raw: b"",
         lambda raw: raw + b"trailing rubbish",
     ],
     ids=["cut", "no checksum", "flipped bit", "other file", "empty", "rubbish at the end"],
 )
-def test_each_damage_of_an_archive_is_named(tmp_path: Path, change: Callable[[bytes], bytes]) -> None:
-    line = json.dumps({"text": os.urandom(40_000).hex()}) + "\n"
-    (tmp_path / "a.jsonl.gz").write_bytes(change(gzip.compress(line.encode())))
-    with pytest.raises(DataError, match=r"a\.jsonl\.gz (is damaged after byte|is empty)"):
-        run([tmp_path / "a.jsonl.gz"], tmp_path / "out", skip_bad_lines=True)
+def test_each_damage_of_an_archive_is_named(tmp_path: Path, change: Callable[[bytes], bytes], suffix: str) -> None:
+    line = (json.dumps({"text": os.urandom(40_000).hex()}) + "\n").encode()
+    packed = gzip.compress(line) if suffix == "gz" else zstandard.ZstdCompressor(write_checksum=True).compress(line)
+    (tmp_path / f"a.jsonl.{suffix}").write_bytes(change(packed))
+    with pytest.raises(DataError, match=rf"a\.jsonl\.{suffix} (is damaged after byte|is empty)"):
+        run([tmp_path / f"a.jsonl.{suffix}"], tmp_path / "out", skip_bad_lines=True)
 
 
 def slow_recipe() -> Recipe:
@@ -361,3 +365,28 @@ def test_kill_between_the_names_of_a_corpus_is_resumed(tmp_path: Path, monkeypat
             run([source], tmp_path / "out")
     run([source], tmp_path / "out", resume=True)
     assert corpus_bytes(tmp_path / "out") == corpus_bytes(tmp_path / "plain")
+
+
+def test_second_writer_of_an_output_is_refused_and_the_first_is_not_disturbed(tmp_path: Path, texts: list[str]) -> None:
+    source = write_lines(tmp_path / "a.jsonl", texts)
+    run([source], tmp_path / "plain")
+    refused = []
+
+    def start_another(progress: Progress) -> None:
+        context = multiprocessing.get_context("fork")
+        process = context.Process(target=exit_code_of_run, args=(source, tmp_path / "out"))
+        process.start()
+        process.join()
+        refused.append(process.exitcode)
+
+    run([source], tmp_path / "out", report=start_another)
+    assert refused == [9]
+    assert corpus_bytes(tmp_path / "out") == corpus_bytes(tmp_path / "plain")
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def exit_code_of_run(source: Path, output: Path) -> None:
+    try:
+        run([source], output, overwrite=True)
+    except DataError as error:
+        os._exit(9 if f"another process is writing {output}" in str(error) else 8)
