@@ -44,8 +44,9 @@ def test_head_of_bloom_takes_a_gibibyte_and_gives_the_gradients_of_the_logits_in
     difference = x.grad[:64].float() - few.grad
     # Logits of about 1 are rounded to bf16, and so is every gradient; sums over the vocabulary average that out.
     assert difference.norm() <= 2**-7 * few.grad.norm()
-    # Softmax minus one-hot over the vocabulary sums to 0 for every token, and so does the weight's gradient to bf16.
-    assert weight.grad.float().sum(0).norm() <= 2**-7 * weight.grad.float().norm() * vocab**0.5
+    # Softmax minus one-hot sums to 0 over the vocabulary, so that the label's rows, most of the norm, are cancelled by
+    # all others; what is left is the rounding of the label's rows to bf16, in four chunks.
+    assert weight.grad.float().sum(0).norm() <= 2**-5 * weight.grad.float().norm()
 
 
 @pytest.mark.parametrize("width", [1024, 2048, 4096, 14336, 16384])

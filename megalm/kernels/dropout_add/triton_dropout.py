@@ -12,12 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megalm.kernels.rows import as_rows, num_strips
 from megalm.kernels.triton_language import ceil_div, jit, tl
 
 COLUMNS = 512
 ROWS = 8
 NUM_WARPS = 4
-MOST_STRIPS = 128
+RESIDENT = 4
+"""Programs of backward on a multiprocessor: 118 registers a thread."""
 
 
 @jit
@@ -99,11 +101,6 @@ def _backward_kernel(
     tl.store(partial + tl.program_id(0) * size + columns, tl.sum(total, axis=0), mask=columns < size)
 
 
-def _as_rows(x: Tensor) -> Tensor:
-    rows = x.reshape(-1, x.size(-1))
-    return rows if rows.stride(-1) == 1 else rows.contiguous()
-
-
 def _threshold(prob: float) -> tuple[int, float]:
     """Of 2^31 equally likely numbers those that are dropped, and the factor on what is kept."""
     return round(prob * 2**31), 1.0 / (1.0 - prob)
@@ -117,7 +114,7 @@ def _threshold(prob: float) -> tuple[int, float]:
 def _forward(x: Tensor, bias: Tensor, residual: Tensor, seed: Tensor, prob: float) -> Tensor:
     y = torch.empty_like(residual, memory_format=torch.contiguous_format)
     if y.numel():
-        rows, stream = _as_rows(x), _as_rows(residual)
+        rows, stream = as_rows(x), as_rows(residual)
         _forward_kernel[(ceil_div(rows.size(0), ROWS), ceil_div(x.size(-1), COLUMNS))](
             rows, bias, stream, seed, y, *rows.shape, rows.stride(0), stream.stride(0), *_threshold(prob),
             DROPS=prob > 0.0, ROWS=ROWS, COLUMNS=COLUMNS, num_warps=NUM_WARPS,
@@ -140,10 +137,11 @@ def _backward(dy: Tensor, seed: Tensor, prob: float) -> tuple[Tensor, Tensor]:
     dx = torch.empty_like(dy, memory_format=torch.contiguous_format)
     if not dx.numel():
         return dx, dy.new_zeros(dy.size(-1), dtype=torch.float32)
-    rows = _as_rows(dy)
-    strips = min(MOST_STRIPS, ceil_div(rows.size(0), ROWS))
+    rows = as_rows(dy)
+    column_blocks = ceil_div(dy.size(-1), COLUMNS)
+    strips = num_strips(ceil_div(rows.size(0), ROWS), dy.device, resident=RESIDENT, num_columns=column_blocks)
     partial = dy.new_empty((strips, dy.size(-1)), dtype=torch.float32)
-    _backward_kernel[(strips, ceil_div(dy.size(-1), COLUMNS))](
+    _backward_kernel[(strips, column_blocks)](
         rows, seed, dx, partial, *rows.shape, rows.stride(0), *_threshold(prob),
         DROPS=prob > 0.0, ROWS=ROWS, COLUMNS=COLUMNS, num_warps=NUM_WARPS,
     )  # fmt: skip

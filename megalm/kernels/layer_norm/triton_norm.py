@@ -7,12 +7,12 @@ step adds the programs' sums in a fixed order. Every run gives the same bits.
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from megalm.kernels.rows import as_rows, num_strips
 from megalm.kernels.triton_language import ceil_div, jit, next_power_of_two, tl
 
 TILE_ELEMENTS = 4096
@@ -21,8 +21,8 @@ WIDEST = 16384
 # A row of 16,384 leaves 64 registers a thread; the sums of the weight gradients would be spilled (768 bytes).
 WIDEST_WITH_SUMS = 8192
 SUM_ROWS, SUM_COLUMNS, SUM_WARPS = 8, 256, 4
-PROGRAMS_A_PROCESSOR = 2
-PROGRAMS_ON_CPU = 2
+RESIDENT = 2
+"""Programs of backward on a multiprocessor: 128 registers a thread."""
 
 
 @jit
@@ -182,19 +182,6 @@ def tile(size: int) -> tuple[int, int, int]:
     return rows, block, max(1, min(32, rows * block // 512))
 
 
-@functools.cache
-def _programs(device: torch.device) -> int:
-    if device.type != "cuda":
-        return PROGRAMS_ON_CPU
-    return PROGRAMS_A_PROCESSOR * torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def _as_rows(x: Tensor) -> Tensor:
-    """Shapes: [..., h] -> [rows, h] with contiguous rows."""
-    rows = x.reshape(-1, x.size(-1))
-    return rows if rows.stride(-1) == 1 else rows.contiguous()
-
-
 @torch.library.custom_op(
     "megalm::layer_norm",
     mutates_args=(),
@@ -206,10 +193,10 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y, total (empty without a residual), mean and 1 / standard deviation of every row."""
     y, total, means, scales = _empty_results(x, residual, branch_bias, weight, bias, eps)
-    rows, size = _as_rows(x), x.size(-1)
+    rows, size = as_rows(x), x.size(-1)
     if y.numel() == 0:
         return y, total, means, scales
-    added = rows if residual is None else _as_rows(residual)
+    added = rows if residual is None else as_rows(residual)
     tile_rows, block, num_warps = tile(size)
     _forward_kernel[(ceil_div(rows.size(0), tile_rows),)](
         rows, added, weight if branch_bias is None else branch_bias, weight, bias, total, y, means, scales,
@@ -241,12 +228,12 @@ def _backward(
     In rows wider than 8,192 the branch bias's is the sum of dx as it was rounded.
     """
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
-    gradients, values, size = _as_rows(dy), _as_rows(x), x.size(-1)
+    gradients, values, size = as_rows(dy), as_rows(x), x.size(-1)
     if dx.numel() == 0:
         return dx, x.new_zeros((3, size), dtype=torch.float32)
-    added = gradients if dtotal is None else _as_rows(dtotal)
+    added = gradients if dtotal is None else as_rows(dtotal)
     tile_rows, block, num_warps = tile(size)
-    programs = min(_programs(x.device), ceil_div(values.size(0), tile_rows))
+    programs = num_strips(ceil_div(values.size(0), tile_rows), x.device, resident=RESIDENT)
     sums = block <= WIDEST_WITH_SUMS
     partial = x.new_zeros((programs, 3, size), dtype=torch.float32)
     _backward_kernel[(programs,)](

@@ -21,7 +21,6 @@ FORWARD_ERROR, BACKWARD_ERROR = 4.35e-7, 5.65e-7
 def _small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several tiles and strips without large inputs."""
     monkeypatch.setattr(triton_activation, "COLUMNS", 32)
-    monkeypatch.setattr(triton_activation, "MOST_STRIPS", 2)
 
 
 def exact_gelu(x: Tensor, bias: Tensor) -> Tensor:

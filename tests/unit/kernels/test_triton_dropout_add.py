@@ -15,7 +15,6 @@ from megalm.topology.group import SOLO, Group
 @pytest.fixture(autouse=True)
 def _small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_dropout, "COLUMNS", 32)
-    monkeypatch.setattr(triton_dropout, "MOST_STRIPS", 2)
 
 
 def example(dtype: torch.dtype, device: torch.device, size: int = 50) -> list[Tensor]:
