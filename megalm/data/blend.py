@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ CHUNKS = 1024
 """Stretches of the order that are computed side by side."""
 CELLS = 1 << 16
 """Stretches times corpora at most, so that a step stays within the processor's cache."""
+NUMBERING_RUN = 1 << 18
 
 
 def normalised(weights: Sequence[float]) -> list[float]:
@@ -80,14 +82,40 @@ def _advance(
     return choices.T, counts
 
 
-def numbered_within(choices: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
-    """How often each entry's corpus was chosen before it: the sample that it gives."""
-    by_corpus = np.argsort(choices, kind="stable")
-    counts = np.bincount(choices)
-    firsts = np.cumsum(counts) - counts
-    numbers = np.empty(len(choices), np.int64)
-    numbers[by_corpus] = np.arange(len(choices)) - firsts[choices[by_corpus]]
+def numbered_within(choices: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """How often each entry's corpus was chosen before it: the sample that it gives.
+
+    In runs that stay in the processor's cache: sorted by corpus, entries are counted on from the run before.
+    """
+    numbers = np.empty(len(choices), np.int32 if len(choices) <= np.iinfo(np.int32).max else np.int64)
+    given = np.zeros(int(choices.max(initial=-1)) + 1, np.int64)
+    for at in range(0, len(choices), NUMBERING_RUN):
+        part = choices[at : at + NUMBERING_RUN]
+        by_corpus = np.argsort(part, kind="stable")
+        counts = np.bincount(part, minlength=len(given))
+        offsets = given + counts - counts.cumsum()
+        numbers[at + by_corpus] = np.arange(len(part)) + np.repeat(offsets, counts)
+        given += counts
     return numbers
+
+
+@dataclass(frozen=True)
+class Dealing:
+    """Which corpus gives each sample of a blend, and which of its samples."""
+
+    choices: npt.NDArray[Any]
+    numbers: npt.NDArray[Any]
+
+
+def deal(weights: Sequence[float], num_samples: int) -> Dealing:
+    """The dealing by largest deficit, for weights that add up to 1.
+
+    Raises: DataError for more corpora than the order can number.
+    """
+    if len(weights) > MOST_CORPORA:
+        raise DataError(f"{len(weights):,} corpora in one blend; {MOST_CORPORA:,} are the most, merge some")
+    choices = largest_deficit(weights, num_samples)
+    return Dealing(choices, numbered_within(choices))
 
 
 class Blend:
@@ -99,17 +127,15 @@ class Blend:
         weights: Sequence[float],
         num_samples: int,
         *,
-        choices: npt.NDArray[np.int16] | None = None,
+        dealing: Dealing | None = None,
     ) -> None:
-        """`choices` is `largest_deficit` of the normalised weights, if the caller has it already."""
+        """`dealing` is `deal` of the normalised weights, if the caller has it already."""
         if len(datasets) != len(weights) or not datasets:
             raise ValueError(f"{len(datasets)} datasets and {len(weights)} weights")
-        if len(datasets) > MOST_CORPORA:
-            raise DataError(f"{len(datasets):,} corpora in one blend; {MOST_CORPORA:,} are the most, merge some")
         self.datasets = tuple(datasets)
         self.weights = normalised(weights)
-        self.choices = largest_deficit(self.weights, num_samples) if choices is None else choices
-        self.numbers = numbered_within(self.choices)
+        dealing = dealing or deal(self.weights, num_samples)
+        self.choices, self.numbers = dealing.choices, dealing.numbers
 
     def __len__(self) -> int:
         return len(self.choices)

@@ -9,10 +9,11 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from megalm.config.data import DataConfig
-from megalm.data.blend import Blend, largest_deficit, normalised
+from megalm.data.blend import Blend, normalised
 from megalm.data.draws import Draw, duplicates, leaks, shortfalls, table
 from megalm.data.gpt_dataset import GPTDataset
 from megalm.data.indexed import IndexedDataset, shown, sidecar_path
+from megalm.data.map_cache import cached_dealing
 from megalm.data.order import order_named
 from megalm.data.sidecar import check_index_hash
 from megalm.data.source import SampleSource
@@ -141,8 +142,15 @@ class _Builder:
             if not member.weight > 0:
                 raise DataError(f"corpus {shown(member.prefix)} has weight {member.weight}; leave it out instead")
         weights = normalised([member.weight for member, _ in parts])
-        choices = largest_deficit(weights, num_samples)
-        used = np.bincount(choices, minlength=len(parts)).tolist()
+        dealing = cached_dealing(
+            weights,
+            num_samples,
+            prefix=parts[0][0].prefix,
+            name=name,
+            cache_path=self.data.cache_path,
+            log=self._warn,
+        )
+        used = np.bincount(dealing.choices, minlength=len(parts)).tolist()
         corpora, draws = [], []
         for (member, split_range), weight, uses in zip(parts, weights, used, strict=True):
             # The surplus of the other trainers is too small for few samples: there they fail and we ask for more.
@@ -151,7 +159,7 @@ class _Builder:
             draws.append(self._draw(name, split, corpora[-1], weight, uses))
             self._progress(name, len(corpora), len(parts))
         self._tell(draws)
-        return Blend(corpora, weights, num_samples, choices=choices) if blended else corpora[0]
+        return Blend(corpora, weights, num_samples, dealing=dealing) if blended else corpora[0]
 
     def indexed(self, prefix: str) -> IndexedDataset:
         if prefix not in self._open:

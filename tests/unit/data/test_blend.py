@@ -8,6 +8,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from megalm.data import blend
 from megalm.data.blend import Blend, largest_deficit, normalised, numbered_within
 
 
@@ -47,15 +48,17 @@ def test_each_corpus_gets_its_share() -> None:
     assert np.abs(counts - 10_000 * np.array(shares)).max() <= 1
 
 
-@given(st.lists(st.integers(0, 5), max_size=60))
-@settings(max_examples=60, deadline=None)
-def test_samples_of_a_corpus_are_numbered_in_order(choices: list[int]) -> None:
+@given(st.lists(st.integers(0, 5), max_size=60), st.sampled_from([1, 7, 1 << 18]))
+@settings(max_examples=90, deadline=None)
+def test_samples_of_a_corpus_are_numbered_in_order(choices: list[int], run: int) -> None:
     seen = dict.fromkeys(range(6), 0)
     expected = []
     for choice in choices:
         expected.append(seen[choice])
         seen[choice] += 1
-    assert numbered_within(np.array(choices, np.int16)).tolist() == expected
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(blend, "NUMBERING_RUN", run)
+        assert numbered_within(np.array(choices, np.int16)).tolist() == expected
 
 
 class Numbers:
@@ -70,7 +73,7 @@ class Numbers:
 
 
 def test_blend_reads_every_corpus_in_order_without_a_gap() -> None:
-    blend = Blend([Numbers(0), Numbers(10_000)], [1.0, 3.0], 400)
-    values = [int(blend[i][0]) for i in range(len(blend))]
+    dealt = Blend([Numbers(0), Numbers(10_000)], [1.0, 3.0], 400)
+    values = [int(dealt[i][0]) for i in range(len(dealt))]
     assert [value for value in values if value < 10_000] == list(range(100))
     assert [value for value in values if value >= 10_000] == list(range(10_000, 10_300))

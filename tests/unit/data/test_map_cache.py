@@ -14,8 +14,11 @@ import numpy.typing as npt
 import pytest
 
 from megalm.data import map_cache
+from megalm.data.array_cache import Entry
+from megalm.data.blend import deal, normalised
 from megalm.data.folder_lock import folder_lock
-from megalm.data.map_cache import PARTS, MapKey, cached_sample_map, entry_name
+from megalm.data.map_cache import MAP_PARTS as PARTS
+from megalm.data.map_cache import cached_dealing, cached_sample_map
 from megalm.data.order import BIGSCIENCE, MEGATRON_CORE, Order
 from megalm.data.sample_map import SampleMap, build_sample_map
 from megalm.errors import DataError
@@ -186,13 +189,26 @@ def test_maps_built_before_are_read_from_a_read_only_cache(tmp_path: Path, monke
 
 
 def test_names_of_entries_stay_in_the_folder_and_within_the_limits_of_file_systems(tmp_path: Path) -> None:
-    key = MapKey("f", (0, 1), 1, 1, 1, "bigscience")
-    for prefix, name in (("a/../b", "../../x"), ("é" * 120, "train"), ("a b\n", "v/w"), ("..", "..")):
-        entry = entry_name(prefix, name, key)
-        assert Path(entry).name == entry
-        assert len(entry.encode()) < 150
-        assert entry.endswith(key.digest)
-        assert entry.isprintable()
+    for label in ("a/../b-../../x", "é" * 120, "a b\n-v/w", "..-.."):
+        path = Entry(Path("folder"), "map", label, {"seed": 1}, ("a",)).path
+        assert path.parent == Path("folder")
+        assert len(path.name.encode()) < 150
+        assert path.name.isprintable()
+
+
+def test_large_dealing_is_stored_and_read_by_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(map_cache, "LARGE_DEALING", 1_000)
+    weights = normalised([0.2, 0.5, 0.3])
+    place = {"prefix": str(tmp_path / "corpus"), "name": "train", "cache_path": str(tmp_path / "cache")}
+    cached_dealing(weights, 333, **place)
+    assert not (tmp_path / "cache").exists()
+    first = cached_dealing(weights, 400, **place)
+    monkeypatch.setattr(map_cache, "deal", None)
+    again = cached_dealing(weights, 400, **place)
+    assert len(entries(tmp_path)) == 1
+    for found in (first, again):
+        assert found.choices.tolist() == deal(weights, 400).choices.tolist()
+        assert found.numbers.tolist() == deal(weights, 400).numbers.tolist()
 
 
 def test_cache_folder_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
