@@ -16,8 +16,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from megalm.errors import MegalmError
 
 KINDS = {
-    "weights": re.compile(r"layer_.*"),
-    "optimizer": re.compile(r".*_optim_states\.pt"),
+    "weights": re.compile(r"layer_.*|fp32\.pt"),
+    "optimizer": re.compile(r".*_optim_states\.pt|exp_avg(_sq)?\.pt|step\.pt|optimizer_state\.pt"),
     "engine state": re.compile(r".*model_states\.pt"),
     "random numbers": re.compile(r"rng_.*"),
     "descriptions": re.compile(r".*"),
@@ -54,7 +54,9 @@ def describe(checkpoint: Path) -> None:
     print(f"  progress   {', '.join(f'{name} {value}' for name, value in source.train_state.items())}")
     print(f"  versions   {', '.join(f'{name} {value}' for name, value in manifest.versions.items()) or 'unknown'}")
     sizes = dict.fromkeys(KINDS, 0)
-    for path in checkpoint.iterdir():
+    for path in checkpoint.rglob("*"):
+        if path.is_dir():
+            continue
         kind = next(kind for kind, pattern in KINDS.items() if pattern.fullmatch(path.name))
         sizes[kind] += path.stat().st_size
     print(f"  size       {', '.join(f'{kind} {size / 1e6:.2f} MB' for kind, size in sizes.items() if size)}")

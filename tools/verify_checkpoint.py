@@ -56,13 +56,21 @@ def chosen_checkpoints(folder: Path, step: int | None) -> list[Path]:
     Raises: CheckpointError if there is none.
     """
     from megalm.checkpoint import layout
+    from megalm.checkpoint.find import has_no_hashes
     from megalm.checkpoint.retention import published_checkpoints
+    from megalm.checkpoint.universal import is_universal
 
-    if (folder / layout.MANIFEST).exists():
+    if (folder / layout.MANIFEST).exists() or has_no_hashes(folder):
         return [folder]
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is not a folder")
     found = [path for number, path in published_checkpoints(folder) if step is None or number == step]
+    if step is None:  # DeepSpeed's converter gives its folder any name
+        found += [
+            path
+            for path in sorted(folder.iterdir())
+            if path not in found and path.suffix != ".tmp" and is_universal(path)
+        ]
     if not found:
         wanted = "checkpoint" if step is None else f"checkpoint of step {step}"
         raise CheckpointError(f"{folder} holds no {wanted}")

@@ -32,7 +32,7 @@ class Verification:
     def __str__(self) -> str:
         if not self.num_bytes:
             return "nothing to verify it by"
-        rate = f"{1e9 * self.seconds / self.num_bytes:.2f} s a GB" if self.num_bytes > 1e6 else "under 1 MB"
+        rate = f"{1e9 * self.seconds / self.num_bytes:.2f} s a GB" if self.num_bytes > 1e7 else "too few for a rate"
         return f"hashes of {self.num_bytes / 1e6:,.1f} MB verified in {self.seconds:.2f} s, {rate}"
 
 
@@ -63,7 +63,7 @@ def find_checkpoint(
         started = time.monotonic()
         problems, num_bytes = _problems(path, world, progress)
         if not problems:
-            if _has_no_hashes(path) and world.is_first:
+            if has_no_hashes(path) and world.is_first:
                 warn(f"{path} is from another trainer and has no hashes: what is read cannot be verified")
             if rejected and world.is_first:
                 for remark in rejected:
@@ -130,13 +130,14 @@ def _named(latest: Path) -> Path:
     return latest.parent / name
 
 
-def _has_no_hashes(path: Path) -> bool:
+def has_no_hashes(path: Path) -> bool:
+    """Whether a checkpoint is from another program, which lists no files: there is nothing to verify it by."""
     return is_bigscience(path) or (is_universal(path) and not (path / layout.MANIFEST).exists())
 
 
 def _problems(path: Path, world: Group, progress: Progress | None) -> tuple[list[str], int]:
     """Problems that any rank finds in its share of the files, the same list on every rank; and the bytes of all."""
-    if _has_no_hashes(path):
+    if has_no_hashes(path):
         return [], 0  # There is nothing to verify it by, which `find_checkpoint` says.
     num_bytes = 0
     try:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from megalm.checkpoint import layout
-from megalm.checkpoint.manifest import read_manifest, verify
+from megalm.checkpoint.durable import FileRecord
+from megalm.checkpoint.find import has_no_hashes
+from megalm.checkpoint.inert import read_with_stand_ins
+from megalm.checkpoint.manifest import Manifest, read_manifest, verify
+from megalm.checkpoint.optimizer_files import Reader
 from megalm.checkpoint.source import open_checkpoint
 from megalm.checkpoint.tensor_files import check_finite, read_tensors, tensors_of
 from megalm.errors import CheckpointError
@@ -35,8 +39,13 @@ def inspect_checkpoint(
     the bytes of each step of the work, and those of all of it: every file is hashed, and those of tensors read again.
     """
     result = Inspection()
+    read: Reader = read_tensors
     try:
-        manifest = read_manifest(folder)
+        if has_no_hashes(folder):
+            manifest, read = _listing(folder), read_with_stand_ins
+            result.remarks.append("it is from another trainer and has no hashes: its tensors alone are checked")
+        else:
+            manifest = read_manifest(folder)
     except CheckpointError as error:
         result.problems.append(str(error))
         return result
@@ -48,7 +57,8 @@ def inspect_checkpoint(
         if progress is not None:
             progress(count, total)
 
-    result.problems += verify(folder, manifest, progress=advance)
+    if read is read_tensors:
+        result.problems += verify(folder, manifest, progress=advance)
     listed = {record.name for record in manifest.files} | {layout.MANIFEST}
     found = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir())
     result.remarks += [f"{name} is not in the manifest; nothing reads it" for name in found if name not in listed]
@@ -56,7 +66,7 @@ def inspect_checkpoint(
         return result
     for record in to_read:
         try:
-            _check_values(folder / record.name, result)
+            _check_values(folder / record.name, result, read)
         except CheckpointError as error:
             result.problems.append(str(error))
         advance(record.bytes)
@@ -72,7 +82,14 @@ def inspect_checkpoint(
     return result
 
 
-def _check_values(path: Path, result: Inspection) -> None:
-    state = read_tensors(path, mmap=True)
+def _listing(folder: Path) -> Manifest:
+    """The files of a checkpoint that has no list of them."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    records = [FileRecord(str(path.relative_to(folder)), path.stat().st_size, "") for path in paths]
+    return replace(open_checkpoint(folder).manifest, files=tuple(records))
+
+
+def _check_values(path: Path, result: Inspection, read: Reader) -> None:
+    state = read(path, mmap=True)
     result.num_tensors += sum(1 for _ in tensors_of(state))
     check_finite(state, name=path.name)

@@ -34,12 +34,11 @@ from megalm.checkpoint.optimizer_files import MASTER, MOMENTS, OptimizerFiles, r
 from megalm.checkpoint.source import Source, open_checkpoint
 from megalm.checkpoint.split import shard, write_layer_files
 from megalm.checkpoint.tensor_files import DynamicLossScaler, FragmentAddress, LossScaler, write_tensors
-from megalm.checkpoint.universal import UniversalLayers, pipeline_name
+from megalm.checkpoint.universal import pipeline_name
 from megalm.errors import CheckpointError
 from megalm.models.gpt.weights import FIRST_BLOCK_LAYER, Weight, weight_table
 
 COUNTERS = ("global_steps", "global_samples", "skipped_steps")
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 Progress = Callable[[str, int], None]
 """Called with what was written, and its bytes."""
 
@@ -110,15 +109,10 @@ def offline_folder(destination: Path, step: int, *, latest: str = layout.LATEST)
 def _write_layers(
     source: Source, folder: Path, *, tp_size: int, num_threads: int, progress: Progress | None
 ) -> list[FileRecord]:
-    # A universal checkpoint has fp32 alone; with masters beside it, what a run computes with is their rounding.
-    rounded = source.dtype if isinstance(source.layers, UniversalLayers) and source.optimizer().exists else None
-
     def convert(index: int) -> list[FileRecord]:
         shards = source.layers.read_layer(index)
         weights = [weight for weight in weight_table(source.shape) if weight.layer == index]
         merged = ((weight, source.layers.merge(weight, shards)) for weight in weights)
-        if rounded in DTYPES:
-            merged = ((weight, tensor.to(DTYPES[rounded])) for weight, tensor in merged)
         written = write_layer_files(folder, merged, tp_size=tp_size)
         if progress is not None:
             progress(f"layer {index}", sum(record.bytes for record in written))

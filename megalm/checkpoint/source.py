@@ -56,7 +56,7 @@ def open_checkpoint(folder: Path) -> Source:
         manifest, progress = read_universal_manifest(folder)
         shape = gpt_shape(stored_model(manifest, path=folder))
         state = read_train_state(folder) if progress is None else progress
-        return Source(folder, manifest, shape, UniversalLayers(folder, shape), read_with_stand_ins, state)
+        return Source(folder, manifest, shape, _universal_layers(folder, shape, manifest), read_with_stand_ins, state)
     if is_bigscience(folder):
         foreign = BigScienceCheckpoint(folder)
         manifest, read, state = foreign.manifest(), read_with_stand_ins, foreign.train_state()
@@ -68,6 +68,10 @@ def open_checkpoint(folder: Path) -> Source:
     shape = gpt_shape(stored_model(manifest, path=folder))
     layers = LayerFiles(folder, shape, qkv_version=CURRENT)
     return Source(folder, manifest, shape, layers, read_tensors, read_train_state(folder))
+
+
+def _universal_layers(folder: Path, shape: GPTShape, manifest: Manifest) -> UniversalLayers:
+    return UniversalLayers(folder, shape, dtype=manifest.layout.get("dtype"))
 
 
 def read_train_state(folder: Path) -> dict[str, Any]:

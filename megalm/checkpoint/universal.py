@@ -34,6 +34,7 @@ INFO_KEY = "universal_checkpoint_info"
 DESCRIPTION_KEY = "megalm"
 """Key of the engine-state files that says what manifest.json and train_state.json say: converters copy those files."""
 ORIGIN = "universal"
+_DTYPES: dict[str | None, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16}
 PARAM, CAT_DIM, VOCABULARY = "param", "cat_dim", "vocab_tensor"
 
 
@@ -149,13 +150,30 @@ def _with_stored_rows(manifest: Manifest, folder: Path) -> Manifest:
 
 @dataclass
 class UniversalLayers(LayerFiles):
-    """The weights of a universal checkpoint, in the place of layer files of one tensor rank."""
+    """The weights of a universal checkpoint, in the place of layer files of one tensor rank.
+
+    There is fp32 alone. Where it is the master of what a run computed with, the weights are its rounding, as in the
+    layer files of that run.
+    """
+
+    dtype: str | None = None
+    """fp32, bf16 or fp16: what the run computed in."""
 
     def __post_init__(self) -> None:
         self.tp_size = 1
+        has_moments = state_file(self.folder, self.shape, weight_table(self.shape)[0], MOMENTS[0]).is_file()
+        self._rounded = _DTYPES.get(self.dtype) if has_moments else None
+
+    def part(self, weight: Weight, state: dict[str, Any], rank: int) -> Tensor:
+        """A weight, whole.
+
+        Raises: CheckpointError if it is missing, or of another shape.
+        """
+        found = super().part(weight, state, rank)
+        return found if self._rounded is None else found.to(self._rounded)
 
     def read_layer(self, index: int) -> list[dict[str, Any]]:
-        """One layer's weights by key, fp32; tensors are read when they are touched."""
+        """One layer's weights by key; tensors are read when they are touched."""
         weights = [weight for weight in weight_table(self.shape) if weight.layer == index]
         return [{weight.key: read_state(self.folder, self.shape, weight, MASTER) for weight in weights}]
 

@@ -17,7 +17,7 @@ from megalm.models.gpt.shape import gpt_shape
 from megalm.models.gpt.weights import weight_table
 from tests.support.bigscience import write_bigscience
 from tests.support.checkpoints import bloom_config, gptmeg_config, write_checkpoint
-from tools import convert_checkpoint
+from tools import convert_checkpoint, inspect_checkpoint, verify_checkpoint
 
 CONFIGS = {"bloom": bloom_config(), "gptmeg": gptmeg_config()}
 
@@ -135,3 +135,22 @@ def test_the_tool_converts_both_ways(tmp_path: Path, universal: Path, capsys: py
     for wrong in (["--to-universal", "--tensor-model-parallel-size", "2"], []):
         assert tool(["--load", str(run), "--save", str(tmp_path / "no"), *wrong]) == CheckpointError.exit_code
     assert "--to-universal" in capsys.readouterr().err
+
+
+def test_its_weights_are_those_of_the_run_and_tools_read_it(
+    tmp_path: Path, universal: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of a bf16 run: weights are the rounded masters, as in its layer files."""
+    run = str(tmp_path / "run")
+    assert inspect_checkpoint.main(["--load", str(universal), "--diff", run]) == 0
+    assert "every tensor is bit-equal" in capsys.readouterr().out
+    (universal / layout.MANIFEST).unlink()  # as DeepSpeed's own have none
+    for folder in (universal, universal.parent, tmp_path / "run" / "global_step7"):
+        assert verify_checkpoint.main(["--load", str(folder)]) == 0
+        assert "has no hashes" in capsys.readouterr().out
+    path = universal / layout.universal_file("3.mlp.dense_4h_to_h.bias", "exp_avg")
+    state = torch.load(path)
+    state["param"][0] = float("nan")
+    torch.save(state, path)
+    assert verify_checkpoint.main(["--load", str(universal)]) == CheckpointError.exit_code
+    assert "holds NaN" in capsys.readouterr().out
