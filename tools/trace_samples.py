@@ -57,7 +57,7 @@ def run(options: argparse.Namespace, command_line: list[str]) -> None:
 
     config = parse_command_line(command_line)
     say = partial(print, file=sys.stderr)
-    source = open_datasets(config, dp_size=options.data_parallel_size, log=say).train
+    source = open_datasets(config, dp_size=options.data_parallel_size, verifies=False, log=say).train
     if source is None:
         raise DataError("this run has no training samples")
     tokenizer = None if options.no_text else build_tokenizer(config.data, vocab_size=config.model.vocab_size)

@@ -21,10 +21,16 @@ def sample_counts(config: Config, *, dp_size: int) -> dict[str, int]:
     return {"train": batch_size.samples_for(steps), "valid": evaluated, "test": evaluated}
 
 
-def open_datasets(config: Config, *, dp_size: int, log: Callable[[str], None] | None = None) -> Datasets:
-    """The sources of a run, as training opens them."""
+def open_datasets(
+    config: Config, *, dp_size: int, verifies: bool = True, log: Callable[[str], None] | None = None
+) -> Datasets:
+    """The sources of a run, as training opens them; `verifies` as for `build_datasets`."""
     return build_datasets(
-        config.data, num_samples=sample_counts(config, dp_size=dp_size), seed=config.training.seed, log=log
+        config.data,
+        num_samples=sample_counts(config, dp_size=dp_size),
+        seed=config.training.seed,
+        verifies=verifies,
+        log=log,
     )
 
 

@@ -66,7 +66,9 @@ def validation_entropies(config: Config, *, dp_size: int) -> dict[str, float]:
     Units: nats per token. Raises: DataError if a corpus cannot be read.
     """
     num_samples = config.training.eval_iters * config.global_batch_size(dp_size=dp_size)
-    datasets = build_datasets(config.data, num_samples={"valid": num_samples}, seed=config.training.seed)
+    datasets = build_datasets(
+        config.data, num_samples={"valid": num_samples}, seed=config.training.seed, verifies=False
+    )
     return {name: unigram_entropy(predicted_tokens(source, num_samples)) for name, source in datasets.valid.items()}
 
 
