@@ -16,6 +16,7 @@ and on the size of scores. "nothing skipped" is the same kernel with slopes too 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import itertools
 import math
@@ -154,7 +155,10 @@ def tune(device: torch.device) -> None:
         case = next(_cases_of(d, device))
         own: Cut = shipped(d, torch.bfloat16)
         for kernel, ranges in choices.items():
-            cuts = [own, *(dataclasses.replace(own, **{kernel: Blocks(*x)}) for x in itertools.product(*ranges))]
+            cuts = [own]
+            for numbers in itertools.product(*ranges):
+                with contextlib.suppress(ValueError):  # Blocks that do not divide one another.
+                    cuts.append(dataclasses.replace(own, **{kernel: Blocks(*numbers)}))
             for cut in cuts:
                 triton_launch.cut_for = lambda *_, cut=cut, **__: cut  # type: ignore[assignment]
                 try:

@@ -11,19 +11,24 @@ Source: Dao 2023, arXiv:2307.08691, algorithm 2.
 
 from __future__ import annotations
 
-from megalm.kernels.attention.triton_forward import kept_weights
+from megalm.kernels.attention.triton_forward import kept_weights, row_products, store_rows
 from megalm.kernels.triton_language import jit, tl
 
 
 @jit
 def _visit_keys(
     dq: tl.tensor,
+    dq_rest: tl.tensor,
     q: tl.tensor,
+    q_rest: tl.tensor,
     do: tl.tensor,
+    do_rest: tl.tensor,
     lse: tl.tensor,
     delta: tl.tensor,
     k_desc: tl.tensor,
+    k_rest_desc: tl.tensor,
     v_desc: tl.tensor,
+    v_rest_desc: tl.tensor,
     batch: tl.tensor,
     kv_head: tl.tensor,
     begin: tl.tensor,
@@ -38,6 +43,7 @@ def _visit_keys(
     keep: tl.tensor,
     BLOCK_K: tl.constexpr,
     D: tl.constexpr,
+    R: tl.constexpr,
     DIAGONAL: tl.constexpr,
     ALIBI: tl.constexpr,
     STARTS: tl.constexpr,
@@ -47,9 +53,15 @@ def _visit_keys(
     columns = tl.arange(0, BLOCK_K)
     for start in tl.range(begin, end, BLOCK_K):
         k = k_desc.load([batch, kv_head, start, 0]).reshape(BLOCK_K, D)
-        t = tl.dot(q, k.T, input_precision=PRECISION) * scale2
+        t = tl.dot(q, k.T, input_precision=PRECISION)
         v = v_desc.load([batch, kv_head, start, 0]).reshape(BLOCK_K, D)
         dp = tl.dot(do, v.T, input_precision=PRECISION)
+        if R:
+            k_rest = k_rest_desc.load([batch, kv_head, start, D]).reshape(BLOCK_K, R)
+            t = tl.dot(q_rest, k_rest.T, t, input_precision=PRECISION)
+            v_rest = v_rest_desc.load([batch, kv_head, start, D]).reshape(BLOCK_K, R)
+            dp = tl.dot(do_rest, v_rest.T, dp, input_precision=PRECISION)
+        t = t * scale2
         keys = start + columns
         row_term = -lse
         if ALIBI:
@@ -68,18 +80,26 @@ def _visit_keys(
             dp = tl.where(kept, dp / keep, 0.0)
         ds = p * (dp - delta[:, None])
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
-    return dq
+        if R:
+            dq_rest = tl.dot(ds.to(k.dtype), k_rest, dq_rest, input_precision=PRECISION)
+    return dq, dq_rest
 
 
 @jit
 def query_gradient(
     q_desc: tl.tensor,
+    q_rest_desc: tl.tensor,
     k_desc: tl.tensor,
+    k_rest_desc: tl.tensor,
     v_desc: tl.tensor,
+    v_rest_desc: tl.tensor,
     do_desc: tl.tensor,
+    do_rest_desc: tl.tensor,
     out_desc: tl.tensor,
+    out_rest_desc: tl.tensor,
     dq: tl.tensor,
     lse: tl.tensor,
+    shifted_lse: tl.tensor,
     delta: tl.tensor,
     first_key: tl.tensor,
     slopes: tl.tensor,
@@ -97,7 +117,9 @@ def query_gradient(
     GROUP: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     D: tl.constexpr,
+    R: tl.constexpr,
     BOUND_BLOCK: tl.constexpr,
+    SHIFT_BLOCK: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
     ALIBI: tl.constexpr,
@@ -105,9 +127,12 @@ def query_gradient(
     DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
 ) -> None:
-    """dq of BLOCK_Q queries of one head, and `delta`, which `key_value_gradient` reads.
+    """dq of BLOCK_Q queries of one head, and what `key_value_gradient` reads of them: `delta` and `shifted_lse`.
 
-    Shapes: as `attention_forward`, whose blocks are `num_bounds` of BOUND_BLOCK queries; dq as q, delta as lse.
+    The second is lse + slope * (position in a block of SHIFT_BLOCK), ALiBi's part that varies over the queries of a
+    block. The other kernel would keep it in 16 registers that it does not have.
+
+    Shapes: as `attention_forward`, whose blocks are `num_bounds` of BOUND_BLOCK queries; dq as q, the others as lse.
     """
     batch_head = tl.program_id(0)
     block = tl.num_programs(1) - 1 - tl.program_id(1)
@@ -130,36 +155,52 @@ def query_gradient(
     q = q_desc.load([batch, head, first_row, 0]).reshape(BLOCK_Q, D)
     do = do_desc.load([batch, head, first_row, 0]).reshape(BLOCK_Q, D)
     out = out_desc.load([batch, head, first_row, 0]).reshape(BLOCK_Q, D)
-    row_delta = tl.sum(do.to(tl.float32) * out.to(tl.float32), axis=1)
+    row_delta = row_products(do, out)
+    acc = tl.zeros([BLOCK_Q, D], dtype=tl.float32)
+    q_rest, do_rest, acc_rest = 0.0, 0.0, 0.0
+    if R:
+        q_rest = q_rest_desc.load([batch, head, first_row, D]).reshape(BLOCK_Q, R)
+        do_rest = do_rest_desc.load([batch, head, first_row, D]).reshape(BLOCK_Q, R)
+        out_rest = out_rest_desc.load([batch, head, first_row, D]).reshape(BLOCK_Q, R)
+        row_delta += row_products(do_rest, out_rest)
+        acc_rest = tl.zeros([BLOCK_Q, R], dtype=tl.float32)
     tl.store(delta + row_offset + rows, row_delta)
     row_lse = tl.load(lse + row_offset + rows)
-    acc = tl.zeros([BLOCK_Q, D], dtype=tl.float32)
+    if ALIBI:
+        tl.store(shifted_lse + row_offset + rows, row_lse + slope2 * (rows % SHIFT_BLOCK).to(tl.float32))
     scale2 = scale * 1.4426950408889634
     end = tl.minimum(first_row + BLOCK_Q, num_positions)
-    acc = _visit_keys(
-        acc, q, do, row_lse, row_delta, k_desc, v_desc, batch, head // GROUP, first_row, end, rows, begins, slope2,
-        scale2, drop_seed, batch_head, threshold, keep, BLOCK_K, D, True, ALIBI, STARTS, DROPOUT, PRECISION,
+    acc, acc_rest = _visit_keys(
+        acc, acc_rest, q, q_rest, do, do_rest, row_lse, row_delta, k_desc, k_rest_desc, v_desc, v_rest_desc, batch,
+        head // GROUP, first_row, end, rows, begins, slope2, scale2, drop_seed, batch_head, threshold, keep,
+        BLOCK_K, D, R, True, ALIBI, STARTS, DROPOUT, PRECISION,
     )  # fmt: skip
     low = tl.load(first_key + batch_head * num_bounds + first_row // BOUND_BLOCK) // BLOCK_K * BLOCK_K
-    acc = _visit_keys(
-        acc, q, do, row_lse, row_delta, k_desc, v_desc, batch, head // GROUP, low, first_row, rows, begins, slope2,
-        scale2, drop_seed, batch_head, threshold, keep, BLOCK_K, D, False, ALIBI, STARTS, DROPOUT, PRECISION,
+    acc, acc_rest = _visit_keys(
+        acc, acc_rest, q, q_rest, do, do_rest, row_lse, row_delta, k_desc, k_rest_desc, v_desc, v_rest_desc, batch,
+        head // GROUP, low, first_row, rows, begins, slope2, scale2, drop_seed, batch_head, threshold, keep,
+        BLOCK_K, D, R, False, ALIBI, STARTS, DROPOUT, PRECISION,
     )  # fmt: skip
-    columns = tl.arange(0, D)
     base = dq + batch.to(tl.int64) * dq_stride_b + head.to(tl.int64) * dq_stride_n
-    offsets = rows.to(tl.int64)[:, None] * dq_stride_s + columns[None, :]
-    values = (acc * scale).to(dq.dtype.element_ty)
-    tl.store(base + offsets, values, mask=inside[:, None] & (columns < HEAD_SIZE)[None, :])
+    store_rows(base, rows, dq_stride_s, acc * scale, num_positions, 0, D, HEAD_SIZE)
+    if R:
+        store_rows(base, rows, dq_stride_s, acc_rest * scale, num_positions, D, R, HEAD_SIZE)
 
 
 @jit
 def _visit_queries(
     dk: tl.tensor,
+    dk_rest: tl.tensor,
     dv: tl.tensor,
+    dv_rest: tl.tensor,
     k: tl.tensor,
+    k_rest: tl.tensor,
     v: tl.tensor,
+    v_rest: tl.tensor,
     q_desc: tl.tensor,
+    q_rest_desc: tl.tensor,
     do_desc: tl.tensor,
+    do_rest_desc: tl.tensor,
     lse: tl.tensor,
     delta: tl.tensor,
     starts: tl.tensor,
@@ -177,25 +218,32 @@ def _visit_queries(
     num_positions: tl.tensor,
     BLOCK_Q: tl.constexpr,
     D: tl.constexpr,
+    R: tl.constexpr,
     DIAGONAL: tl.constexpr,
     ALIBI: tl.constexpr,
     STARTS: tl.constexpr,
     DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
 ) -> tl.tensor:
-    """Weights are held transposed, [keys, queries], so that both sums take them from registers."""
+    """Weights are held transposed, [keys, queries], so that both sums take them from registers.
+
+    `lse` is `shifted_lse` where the causal mask is not needed.
+    """
     columns = tl.arange(0, BLOCK_Q)
     for start in tl.range(begin, end, BLOCK_Q):
         rows = start + columns
         q = q_desc.load([batch, head, start, 0]).reshape(BLOCK_Q, D)
         row_lse = tl.load(lse + rows)
-        t = tl.dot(k, q.T, input_precision=PRECISION) * scale2
+        t = tl.dot(k, q.T, input_precision=PRECISION)
+        if R:
+            q_rest = q_rest_desc.load([batch, head, start, D]).reshape(BLOCK_Q, R)
+            t = tl.dot(k_rest, q_rest.T, t, input_precision=PRECISION)
+        t = t * scale2
         if ALIBI:
             if DIAGONAL:
                 t += slope2 * (keys[:, None] - rows[None, :]).to(tl.float32)
             else:
                 t += (slope2 * (keys - start).to(tl.float32))[:, None]
-                row_lse += slope2 * columns.to(tl.float32)
         p = tl.exp2(t - row_lse[None, :])
         if DIAGONAL:
             p = tl.where(keys[:, None] <= rows[None, :], p, 0.0)
@@ -209,12 +257,18 @@ def _visit_queries(
             dropped = tl.where(kept, p / keep, 0.0)
         dv = tl.dot(dropped.to(do.dtype), do, dv, input_precision=PRECISION)
         dp = tl.dot(v, do.T, input_precision=PRECISION)
+        if R:
+            do_rest = do_rest_desc.load([batch, head, start, D]).reshape(BLOCK_Q, R)
+            dv_rest = tl.dot(dropped.to(do.dtype), do_rest, dv_rest, input_precision=PRECISION)
+            dp = tl.dot(v_rest, do_rest.T, dp, input_precision=PRECISION)
         if DROPOUT:
             dp = tl.where(kept, dp / keep, 0.0)
         row_delta = tl.load(delta + rows)
         ds = p * (dp - row_delta[None, :])
         dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
-    return dk, dv
+        if R:
+            dk_rest = tl.dot(ds.to(q.dtype), q_rest, dk_rest, input_precision=PRECISION)
+    return dk, dk_rest, dv, dv_rest
 
 
 @jit
@@ -233,12 +287,17 @@ def _end_of_queries(
 @jit
 def key_value_gradient(
     q_desc: tl.tensor,
+    q_rest_desc: tl.tensor,
     k_desc: tl.tensor,
+    k_rest_desc: tl.tensor,
     v_desc: tl.tensor,
+    v_rest_desc: tl.tensor,
     do_desc: tl.tensor,
+    do_rest_desc: tl.tensor,
     dk: tl.tensor,
     dv: tl.tensor,
     lse: tl.tensor,
+    shifted_lse: tl.tensor,
     delta: tl.tensor,
     first_key: tl.tensor,
     slopes: tl.tensor,
@@ -259,6 +318,7 @@ def key_value_gradient(
     GROUP: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     D: tl.constexpr,
+    R: tl.constexpr,
     BOUND_BLOCK: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -289,6 +349,12 @@ def key_value_gradient(
     v = v_desc.load([batch, kv_head, first_of_block, 0]).reshape(BLOCK_K, D)
     dk_acc = tl.zeros([BLOCK_K, D], dtype=tl.float32)
     dv_acc = tl.zeros([BLOCK_K, D], dtype=tl.float32)
+    k_rest, v_rest, dk_rest, dv_rest = 0.0, 0.0, 0.0, 0.0
+    if R:
+        k_rest = k_rest_desc.load([batch, kv_head, first_of_block, D]).reshape(BLOCK_K, R)
+        v_rest = v_rest_desc.load([batch, kv_head, first_of_block, D]).reshape(BLOCK_K, R)
+        dk_rest = tl.zeros([BLOCK_K, R], dtype=tl.float32)
+        dv_rest = tl.zeros([BLOCK_K, R], dtype=tl.float32)
     diagonal_end = tl.minimum(first_of_block + BLOCK_K, num_positions)
     for member in range(GROUP):
         head = kv_head * GROUP + member
@@ -300,21 +366,23 @@ def key_value_gradient(
         end = _end_of_queries(
             first_key + head_index * num_bounds, num_bounds, first_of_block + BLOCK_K, diagonal_end, BOUND_BLOCK
         )
-        dk_acc, dv_acc = _visit_queries(
-            dk_acc, dv_acc, k, v, q_desc, do_desc, lse + row_offset, delta + row_offset, begins, batch, head,
-            first_of_block, diagonal_end, keys, slope2, scale2, drop_seed, head_index, threshold, keep, num_positions,
-            BLOCK_Q, D, True, ALIBI, STARTS, DROPOUT, PRECISION,
+        dk_acc, dk_rest, dv_acc, dv_rest = _visit_queries(
+            dk_acc, dk_rest, dv_acc, dv_rest, k, k_rest, v, v_rest, q_desc, q_rest_desc, do_desc, do_rest_desc,
+            lse + row_offset, delta + row_offset, begins, batch, head, first_of_block, diagonal_end, keys, slope2,
+            scale2, drop_seed, head_index, threshold, keep, num_positions,
+            BLOCK_Q, D, R, True, ALIBI, STARTS, DROPOUT, PRECISION,
         )  # fmt: skip
-        dk_acc, dv_acc = _visit_queries(
-            dk_acc, dv_acc, k, v, q_desc, do_desc, lse + row_offset, delta + row_offset, begins, batch, head,
-            first_of_block + BLOCK_K, tl.minimum(end, num_positions), keys, slope2, scale2, drop_seed, head_index,
-            threshold, keep, num_positions, BLOCK_Q, D, False, ALIBI, STARTS, DROPOUT, PRECISION,
+        dk_acc, dk_rest, dv_acc, dv_rest = _visit_queries(
+            dk_acc, dk_rest, dv_acc, dv_rest, k, k_rest, v, v_rest, q_desc, q_rest_desc, do_desc, do_rest_desc,
+            shifted_lse + row_offset, delta + row_offset, begins, batch, head, first_of_block + BLOCK_K,
+            tl.minimum(end, num_positions), keys, slope2, scale2, drop_seed, head_index, threshold, keep, num_positions,
+            BLOCK_Q, D, R, False, ALIBI, STARTS, DROPOUT, PRECISION,
         )  # fmt: skip
 
-    columns = tl.arange(0, D)
-    inside = (keys < num_positions)[:, None] & (columns < HEAD_SIZE)[None, :]
-    wide_keys = keys.to(tl.int64)[:, None]
     dk_base = dk + batch.to(tl.int64) * dk_stride_b + kv_head.to(tl.int64) * dk_stride_n
-    tl.store(dk_base + wide_keys * dk_stride_s + columns[None, :], (dk_acc * scale).to(dk.dtype.element_ty), inside)
     dv_base = dv + batch.to(tl.int64) * dv_stride_b + kv_head.to(tl.int64) * dv_stride_n
-    tl.store(dv_base + wide_keys * dv_stride_s + columns[None, :], dv_acc.to(dv.dtype.element_ty), inside)
+    store_rows(dk_base, keys, dk_stride_s, dk_acc * scale, num_positions, 0, D, HEAD_SIZE)
+    store_rows(dv_base, keys, dv_stride_s, dv_acc, num_positions, 0, D, HEAD_SIZE)
+    if R:
+        store_rows(dk_base, keys, dk_stride_s, dk_rest * scale, num_positions, D, R, HEAD_SIZE)
+        store_rows(dv_base, keys, dv_stride_s, dv_rest, num_positions, D, R, HEAD_SIZE)

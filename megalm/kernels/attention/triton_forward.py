@@ -1,7 +1,8 @@
 """Forward kernels of the Triton attention core.
 
-Letters: b batch, n heads of queries, s positions, d head size, D the power of two that holds d. Exponents are kept in
-base 2: `scale2` is log2(e) / sqrt(d) and `slope2` is slope * log2(e).
+Letters: b batch, n heads of queries, s positions, d head size. A head is held as D columns and a rest of R columns,
+both powers of two, so that d = 80 costs 64 + 16 and not 128; R is 0 where nothing is saved, and no `rest` is read then.
+Exponents are kept in base 2: `scale2` is log2(e) / sqrt(d) and `slope2` is slope * log2(e).
 
 A program owns BLOCK_Q queries of one head. It visits the blocks of keys on the diagonal, which need the causal mask,
 then the blocks before them, which need none. ALiBi's bias is formed in registers: on the diagonal as
@@ -60,8 +61,32 @@ def kept_weights(
 
 
 @jit
+def row_products(a: tl.tensor, b: tl.tensor) -> tl.tensor:
+    """The inner product of each row of `a` with its row of `b`, in fp32."""
+    return tl.sum(a.to(tl.float32) * b.to(tl.float32), axis=1)
+
+
+@jit
+def store_rows(
+    base: tl.tensor,
+    rows: tl.tensor,
+    stride: tl.tensor,
+    values: tl.tensor,
+    num_positions: tl.tensor,
+    FIRST: tl.constexpr,
+    WIDTH: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+) -> None:
+    """Store the columns from FIRST on of rows of a head, without those past the end of either."""
+    columns = FIRST + tl.arange(0, WIDTH)
+    inside = (rows < num_positions)[:, None] & (columns < HEAD_SIZE)[None, :]
+    offsets = rows.to(tl.int64)[:, None] * stride + columns[None, :]
+    tl.store(base + offsets, values.to(base.dtype.element_ty), mask=inside)
+
+
+@jit
 def _first_key(
-    q: tl.tensor,
+    squares: tl.tensor,
     peak: tl.tensor,
     rows: tl.tensor,
     slope2: tl.tensor,
@@ -70,14 +95,13 @@ def _first_key(
     num_norms: tl.tensor,
     num_positions: tl.tensor,
 ) -> tl.tensor:
-    """The first key that any of the rows can see with a weight that counts."""
+    """The first key that any of the rows, of which |q|^2 is given, can see with a weight that counts."""
     largest = 0.0
     for start in range(0, num_norms, 128):
         index = start + tl.arange(0, 128)
         largest = tl.maximum(largest, tl.max(tl.load(norms + index, mask=index < num_norms, other=0.0), axis=0))
-    wide = q.to(tl.float32)
     # Both norms are rounded: one part in a thousand is more than that can be.
-    bound = tl.sqrt(tl.sum(wide * wide, axis=1) * largest) * scale2 * 1.001
+    bound = tl.sqrt(squares * largest) * scale2 * 1.001
     steep = tl.maximum(slope2, 1e-30)
     # The weights of all keys beyond a distance form a geometric series of ratio 2^-slope2.
     threshold = 24.0 + tl.log2(1.0 + 1.4427 / steep)
@@ -90,11 +114,15 @@ def _first_key(
 @jit
 def _visit(
     acc: tl.tensor,
+    acc_rest: tl.tensor,
     peak: tl.tensor,
     total: tl.tensor,
     q: tl.tensor,
+    q_rest: tl.tensor,
     k_desc: tl.tensor,
+    k_rest_desc: tl.tensor,
     v_desc: tl.tensor,
+    v_rest_desc: tl.tensor,
     batch: tl.tensor,
     kv_head: tl.tensor,
     begin: tl.tensor,
@@ -108,6 +136,7 @@ def _visit(
     threshold: tl.tensor,
     BLOCK_K: tl.constexpr,
     D: tl.constexpr,
+    R: tl.constexpr,
     DIAGONAL: tl.constexpr,
     ALIBI: tl.constexpr,
     STARTS: tl.constexpr,
@@ -118,7 +147,11 @@ def _visit(
     columns = tl.arange(0, BLOCK_K)
     for start in tl.range(begin, end, BLOCK_K):
         k = k_desc.load([batch, kv_head, start, 0]).reshape(BLOCK_K, D)
-        t = tl.dot(q, k.T, input_precision=PRECISION) * scale2
+        t = tl.dot(q, k.T, input_precision=PRECISION)
+        if R:
+            k_rest = k_rest_desc.load([batch, kv_head, start, D]).reshape(BLOCK_K, R)
+            t = tl.dot(q_rest, k_rest.T, t, input_precision=PRECISION)
+        t = t * scale2
         keys = start + columns
         row_bias = tl.zeros_like(peak)
         if ALIBI:
@@ -143,15 +176,21 @@ def _visit(
             p = tl.where(kept_weights(seed, head_index, rows[:, None], keys[None, :], threshold), p, 0.0)
         v = v_desc.load([batch, kv_head, start, 0]).reshape(BLOCK_K, D)
         acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
+        if R:
+            v_rest = v_rest_desc.load([batch, kv_head, start, D]).reshape(BLOCK_K, R)
+            acc_rest = tl.dot(p.to(v.dtype), v_rest, acc_rest * alpha[:, None], input_precision=PRECISION)
         peak = higher
-    return acc, peak, total
+    return acc, acc_rest, peak, total
 
 
 @jit
 def attention_forward(
     q_desc: tl.tensor,
+    q_rest_desc: tl.tensor,
     k_desc: tl.tensor,
+    k_rest_desc: tl.tensor,
     v_desc: tl.tensor,
+    v_rest_desc: tl.tensor,
     out: tl.tensor,
     lse: tl.tensor,
     first_key: tl.tensor,
@@ -171,6 +210,7 @@ def attention_forward(
     GROUP: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     D: tl.constexpr,
+    R: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
     ALIBI: tl.constexpr,
@@ -203,24 +243,32 @@ def attention_forward(
 
     q = q_desc.load([batch, head, first_row, 0]).reshape(BLOCK_Q, D)
     acc = tl.zeros([BLOCK_Q, D], dtype=tl.float32)
+    squares = row_products(q, q) if ALIBI else 0.0
+    q_rest, acc_rest = 0.0, 0.0
+    if R:
+        q_rest = q_rest_desc.load([batch, head, first_row, D]).reshape(BLOCK_Q, R)
+        acc_rest = tl.zeros([BLOCK_Q, R], dtype=tl.float32)
+        squares += row_products(q_rest, q_rest)
     peak = tl.full([BLOCK_Q], float("-inf"), dtype=tl.float32)
     total = tl.zeros([BLOCK_Q], dtype=tl.float32)
     end = tl.minimum(first_row + BLOCK_Q, num_positions)
-    acc, peak, total = _visit(
-        acc, peak, total, q, k_desc, v_desc, batch, kv_head, first_row, end, rows, begins, slope2, scale2, drop_seed,
-        batch_head, threshold, BLOCK_K, D, True, ALIBI, STARTS, DROPOUT, PRECISION,
+    acc, acc_rest, peak, total = _visit(
+        acc, acc_rest, peak, total, q, q_rest, k_desc, k_rest_desc, v_desc, v_rest_desc, batch, kv_head, first_row, end,
+        rows, begins, slope2, scale2, drop_seed, batch_head, threshold,
+        BLOCK_K, D, R, True, ALIBI, STARTS, DROPOUT, PRECISION,
     )  # fmt: skip
     low = 0
     if ALIBI:
         kv_index = batch * (num_heads // GROUP) + kv_head
-        low = _first_key(q, peak, rows, slope2, scale2, norms + kv_index * num_norms, num_norms, num_positions)
+        low = _first_key(squares, peak, rows, slope2, scale2, norms + kv_index * num_norms, num_norms, num_positions)
     if STARTS:
         low = tl.maximum(low, tl.min(begins, axis=0))
     low = tl.minimum(low, first_row) // BLOCK_K * BLOCK_K
     tl.store(first_key + batch_head * tl.num_programs(1) + block, low)
-    acc, peak, total = _visit(
-        acc, peak, total, q, k_desc, v_desc, batch, kv_head, low, first_row, rows, begins, slope2, scale2, drop_seed,
-        batch_head, threshold, BLOCK_K, D, False, ALIBI, STARTS, DROPOUT, PRECISION,
+    acc, acc_rest, peak, total = _visit(
+        acc, acc_rest, peak, total, q, q_rest, k_desc, k_rest_desc, v_desc, v_rest_desc, batch, kv_head, low, first_row,
+        rows, begins, slope2, scale2, drop_seed, batch_head, threshold,
+        BLOCK_K, D, R, False, ALIBI, STARTS, DROPOUT, PRECISION,
     )  # fmt: skip
 
     # A query that sees nothing gives zeros. It has no weights in the backward pass, and neither has one past the end,
@@ -228,8 +276,8 @@ def attention_forward(
     seen = tl.where(total > 0.0, total, 1.0)
     row_lse = tl.where(inside & (total > 0.0), peak + tl.log2(seen), float("inf"))
     tl.store(lse + batch_head.to(tl.int64) * (tl.num_programs(1) * BLOCK_Q) + rows, row_lse)
-    acc = acc / (seen * keep)[:, None]
-    columns = tl.arange(0, D)
+    share = (1.0 / (seen * keep))[:, None]
     base = out + batch.to(tl.int64) * out_stride_b + head.to(tl.int64) * out_stride_n
-    offsets = rows.to(tl.int64)[:, None] * out_stride_s + columns[None, :]
-    tl.store(base + offsets, acc.to(out.dtype.element_ty), mask=inside[:, None] & (columns < HEAD_SIZE)[None, :])
+    store_rows(base, rows, out_stride_s, acc * share, num_positions, 0, D, HEAD_SIZE)
+    if R:
+        store_rows(base, rows, out_stride_s, acc_rest * share, num_positions, D, R, HEAD_SIZE)

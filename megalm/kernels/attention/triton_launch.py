@@ -30,18 +30,25 @@ class Blocks:
 
 @dataclass(frozen=True)
 class Cut:
-    """The blocks of the three kernels. Blocks of queries of the backward pass divide the forward pass's."""
+    """The blocks of the three kernels."""
 
     forward: Blocks
     query_gradient: Blocks
     key_value_gradient: Blocks
 
+    def __post_init__(self) -> None:
+        by_query, by_key, rows = (self.forward, self.query_gradient), self.key_value_gradient, self.forward.queries
+        # A block beside the diagonal has no causal mask; log-sum-exps are stored in whole blocks of the forward pass.
+        whole = all(x.queries % x.keys == 0 for x in by_query) and by_key.keys % by_key.queries == 0
+        if not whole or rows % self.query_gradient.queries or rows % by_key.queries:
+            raise ValueError(f"{self}: blocks must divide one another")
+
 
 # Fixed rather than timed at run time: another cut sums in another order, and runs must repeat to the last bit.
 # Chosen by the compiler's report for sm_90 (docs/log.md): two warpgroups, keys of the forward pass 128 wide so that
-# wgmma is not bound by shared memory, no spilled registers. Random bits take registers, so dropout has blocks of its own.
+# wgmma is not bound by shared memory, no spilled registers. Random bits take registers: dropout has its own blocks.
 _HALF_64 = Cut(Blocks(128, 128, 8, 3), Blocks(128, 128, 8, 2), Blocks(64, 128, 8, 3))
-_HALF_128 = Cut(Blocks(128, 128, 8, 2), Blocks(128, 64, 8, 3), Blocks(64, 128, 8, 2))
+_HALF_128 = Cut(Blocks(128, 128, 8, 2), Blocks(128, 64, 8, 3), Blocks(64, 128, 8, 3))
 _HALF_64_DROPOUT = Cut(Blocks(128, 32, 8, 3), Blocks(128, 64, 8, 3), Blocks(64, 128, 8, 3))
 _HALF_128_DROPOUT = Cut(Blocks(128, 32, 8, 3), Blocks(128, 32, 8, 3), Blocks(32, 128, 8, 3))
 _FP32 = Cut(Blocks(64, 32, 4, 2), Blocks(64, 32, 4, 1), Blocks(32, 32, 4, 1))
@@ -80,11 +87,20 @@ def padded_head_size(head_size: int) -> int:
     return max(16, next_power_of_two(head_size))
 
 
+def head_parts(head_size: int) -> tuple[int, int]:
+    """The columns that a head is held in, a power of two and the rest's or 0: (64, 16) for 80, (128, 0) for 112."""
+    padded = padded_head_size(head_size)
+    if head_size == padded or padded == 16:
+        return padded, 0
+    rest = padded_head_size(head_size - padded // 2)
+    return (padded // 2, rest) if padded // 2 + rest < padded else (padded, 0)
+
+
 def cut_for(head_size: int, dtype: torch.dtype, *, dropout: bool = False) -> Cut:
     """The blocks for heads of this size and type. Dropout leaves the queries of the forward pass alone."""
     if dtype.itemsize > 2:
         return _FP32
-    if padded_head_size(head_size) <= 64:
+    if head_parts(head_size)[0] <= 64:
         return _HALF_64_DROPOUT if dropout else _HALF_64
     return _HALF_128_DROPOUT if dropout else _HALF_128
 
@@ -111,7 +127,7 @@ def launch_forward(q: Tensor, k: Tensor, v: Tensor, out: Tensor, extras: Extras)
     with _on(q.device):
         norms = _key_norms(k) if extras.slopes is not None else None
         triton_forward.attention_forward[(b * n, first_key.size(2))](
-            _descriptor(q, blocks.queries), _descriptor(k, blocks.keys), _descriptor(v, blocks.keys),
+            *_descriptors(q, blocks.queries), *_descriptors(k, blocks.keys), *_descriptors(v, blocks.keys),
             out, lse, first_key, extras.slopes, extras.starts, norms, extras.seed, *out.stride()[:3],
             n, s, 0 if norms is None else norms.size(2), _scale(d) * math.log2(math.e), extras.threshold, extras.keep,
             GROUP=n // k.size(1), **_constants(q, blocks), **extras.flags(), **_options(blocks),
@@ -140,6 +156,7 @@ def launch_backward(
     do, q, k, v, out = (aligned(x) for x in (do, q, k, v, out))
     cut = cut_for(d, q.dtype, dropout=extras.seed is not None)
     delta = torch.empty_like(lse)
+    shifted_lse = lse if extras.slopes is None else torch.empty_like(lse)
     group = n // k.size(1)
     shared = {"GROUP": group, "BOUND_BLOCK": cut.forward.queries, **extras.flags()}
     optional = extras.slopes, extras.starts, extras.seed
@@ -147,14 +164,16 @@ def launch_backward(
     with _on(q.device):
         blocks = cut.query_gradient
         triton_backward.query_gradient[(b * n, ceil_div(s, blocks.queries))](
-            _descriptor(q, blocks.queries), _descriptor(k, blocks.keys), _descriptor(v, blocks.keys),
-            _descriptor(do, blocks.queries), _descriptor(out, blocks.queries), dq, lse, delta, first_key,
-            *optional, *dq.stride()[:3], n, *numbers, **shared, **_constants(q, blocks), **_options(blocks),
+            *_descriptors(q, blocks.queries), *_descriptors(k, blocks.keys), *_descriptors(v, blocks.keys),
+            *_descriptors(do, blocks.queries), *_descriptors(out, blocks.queries),
+            dq, lse, shifted_lse, delta, first_key,
+            *optional, *dq.stride()[:3], n, *numbers, SHIFT_BLOCK=cut.key_value_gradient.queries,
+            **shared, **_constants(q, blocks), **_options(blocks),
         )  # fmt: skip
         blocks = cut.key_value_gradient
         triton_backward.key_value_gradient[(b * n // group, ceil_div(s, blocks.keys))](
-            _descriptor(q, blocks.queries), _descriptor(k, blocks.keys), _descriptor(v, blocks.keys),
-            _descriptor(do, blocks.queries), dk, dv, lse, delta, first_key,
+            *_descriptors(q, blocks.queries), *_descriptors(k, blocks.keys), *_descriptors(v, blocks.keys),
+            *_descriptors(do, blocks.queries), dk, dv, lse, shifted_lse, delta, first_key,
             *optional, *dk.stride()[:3], *dv.stride()[:3], n // group, *numbers,
             **shared, **_constants(q, blocks), **_options(blocks),
         )  # fmt: skip
@@ -178,17 +197,22 @@ def _key_norms(k: Tensor) -> Tensor:
     return norms
 
 
-def _descriptor(x: Tensor, rows: int) -> Any:
+def _descriptors(x: Tensor, rows: int) -> list[Any]:
+    """How blocks of `rows` positions of one head are read: one for each of `head_parts`, None for an empty one."""
     from triton.tools.tensor_descriptor import TensorDescriptor
 
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, rows, padded_head_size(x.size(-1))])
+    shape, strides = list(x.shape), list(x.stride())
+    parts = head_parts(x.size(-1))
+    return [TensorDescriptor(x, shape, strides, [1, 1, rows, width]) if width else None for width in parts]
 
 
 def _constants(q: Tensor, blocks: Blocks) -> dict[str, Any]:
     head_size = q.size(-1)
+    main, rest = head_parts(head_size)
     return {
         "HEAD_SIZE": head_size,
-        "D": padded_head_size(head_size),
+        "D": main,
+        "R": rest,
         "BLOCK_Q": blocks.queries,
         "BLOCK_K": blocks.keys,
         "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",

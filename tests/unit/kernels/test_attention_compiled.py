@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from megalm.kernels.attention import triton_backward, triton_forward
-from megalm.kernels.attention.triton_launch import Blocks, Cut, cut_for, padded_head_size
+from megalm.kernels.attention.triton_launch import Blocks, Cut, cut_for, head_parts
 
 triton = pytest.importorskip("triton")
 
@@ -29,7 +29,7 @@ KERNELS = {
     "query_gradient": triton_backward.query_gradient,
     "key_value_gradient": triton_backward.key_value_gradient,
 }
-FP32 = ("lse", "delta", "slopes", "norms")
+FP32 = ("lse", "shifted_lse", "delta", "slopes", "norms")
 INT32 = ("first_key", "starts")
 FLOATS = ("scale", "scale2", "keep")
 
@@ -57,14 +57,17 @@ def compile_for_hopper(
     cut = cut or cut_for(head_size, dtype, dropout=dropout)
     blocks: Blocks = getattr(cut, kernel)
     element = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[dtype]
+    main, rest = head_parts(head_size)
     constants: dict[str, Any] = {
-        "GROUP": group, "HEAD_SIZE": head_size, "D": padded_head_size(head_size), "BOUND_BLOCK": cut.forward.queries,
+        "GROUP": group, "HEAD_SIZE": head_size, "D": main, "R": rest, "BOUND_BLOCK": cut.forward.queries,
+        "SHIFT_BLOCK": cut.key_value_gradient.queries,
         "BLOCK_Q": blocks.queries, "BLOCK_K": blocks.keys, "ALIBI": alibi, "STARTS": starts, "DROPOUT": dropout,
         "PRECISION": "ieee" if dtype == torch.float32 else "tf32",
     }  # fmt: skip
     constants |= {} if alibi else {"slopes": None, "norms": None}
     constants |= {} if starts else {"starts": None}
     constants |= {} if dropout else {"seed": None}
+    constants |= {} if rest else {name: None for name in function.arg_names if name.endswith("_rest_desc")}
     signature, divisible = {}, {}
     for index, name in enumerate(function.arg_names):
         signature[name] = _type_of(name, element, blocks, constants)
@@ -104,8 +107,9 @@ def _type_of(name: str, element: str, blocks: Blocks, constants: dict[str, Any])
     if name in constants:
         return "constexpr"
     if name.endswith("_desc"):
-        rows = blocks.keys if name in ("k_desc", "v_desc") else blocks.queries
-        return f"tensordesc<{element}[1, 1, {rows}, {constants['D']}]>"
+        rows = blocks.keys if name[:2] in ("k_", "v_") else blocks.queries
+        columns = constants["R" if name.endswith("_rest_desc") else "D"]
+        return f"tensordesc<{element}[1, 1, {rows}, {columns}]>"
     if name in FP32 or name in INT32 or name == "seed":
         return "*fp32" if name in FP32 else "*i32" if name in INT32 else "*i64"
     if name in ("out", "dq", "dk", "dv"):

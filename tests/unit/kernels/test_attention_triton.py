@@ -301,3 +301,25 @@ def test_a_square_mask_is_refused(device: torch.device) -> None:
     mask = torch.zeros(1, 1, 8, 8, dtype=torch.bool, device=device)
     with pytest.raises(KernelError, match=r"\(1, 1, 8, 8\)(.|\n)*first key"):
         TritonAttention()(*inputs, slopes=None, mask=mask, dropout=0.0, training=False)
+
+
+@pytest.mark.parametrize(
+    "cut",
+    [
+        (Blocks(64, 128, 8, 2), Blocks(64, 64, 4, 2), Blocks(64, 64, 4, 2)),
+        (Blocks(128, 64, 8, 2), Blocks(64, 128, 4, 2), Blocks(64, 64, 4, 2)),
+        (Blocks(128, 64, 8, 2), Blocks(64, 64, 4, 2), Blocks(128, 64, 4, 2)),
+        (Blocks(64, 64, 8, 2), Blocks(128, 64, 4, 2), Blocks(64, 64, 4, 2)),
+    ],
+)
+def test_blocks_that_would_miss_the_diagonal_are_refused(cut: tuple[Blocks, Blocks, Blocks]) -> None:
+    with pytest.raises(ValueError, match="divide one another"):
+        Cut(*cut)
+
+
+@pytest.mark.parametrize(
+    "d, parts",
+    [(8, (16, 0)), (24, (32, 0)), (40, (32, 16)), (64, (64, 0)), (80, (64, 16)), (96, (64, 32)), (112, (128, 0))],
+)
+def test_heads_are_held_in_the_fewest_columns(d: int, parts: tuple[int, int]) -> None:
+    assert triton_launch.head_parts(d) == parts
