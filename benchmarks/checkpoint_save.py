@@ -24,6 +24,7 @@ from tests.support.ranks import run_ranks
 def measure(folder: str, options: dict[str, Any], repeats: int) -> dict[str, list[float]]:
     """On one rank: seconds of each kind, a value a repetition."""
     from megalm.checkpoint.background import BackgroundSaver
+    from megalm.checkpoint.find import find_checkpoint
     from megalm.checkpoint.manifest import read_manifest, verify
     from megalm.checkpoint.save import save_checkpoint
     from tests.support.training import TinyRun, tiny_config
@@ -32,7 +33,8 @@ def measure(folder: str, options: dict[str, Any], repeats: int) -> dict[str, lis
     run = TinyRun(config)
     run.train(0, 1)
     raw, topology = run.engine.raw, run.topology
-    found: dict[str, list[float]] = {"sync": [], "stall": [], "background": [], "hash": [], "bytes": [], "step": []}
+    figures = ("sync", "stall", "background", "hash", "load", "bytes", "step")
+    found: dict[str, list[float]] = {name: [] for name in figures}
     saver = BackgroundSaver(topology, keep_last=1)
     for repeat in range(repeats):
         report = save_checkpoint(raw, f"{folder}/sync", {"step": repeat}, config=config, topology=topology, keep_last=1)
@@ -41,6 +43,8 @@ def measure(folder: str, options: dict[str, Any], repeats: int) -> dict[str, lis
         started = time.monotonic()
         assert not verify(report.path, read_manifest(report.path), num_threads=1)
         found["hash"].append(time.monotonic() - started)
+        topology.barrier()
+        find_checkpoint(report.path, world=topology.world, verified=lambda cost: found["load"].append(cost.seconds))
         topology.barrier()
         saver.start(raw, f"{folder}/background", {"step": repeat}, config=config)
         done, step = None, 1
@@ -74,7 +78,10 @@ def main(arguments: list[str]) -> int:
         f"background:  the step waits {median['stall']:.3f} s, {share:.0f} % of that; published after "
         f"{median['background']:.3f} s, during steps of {median['step']:.3f} s"
     )
-    print(f"verifying hashes, one thread: {1000 * median['hash'] / megabytes:.2f} s a GB")
+    print(
+        f"verifying hashes: {1000 * median['hash'] / megabytes:.2f} s a GB in one thread of every process, "
+        f"{1000 * median['load'] / megabytes:.2f} s a GB shared as a load does"
+    )
     return 0
 
 
