@@ -5,7 +5,8 @@
 
 Each number of workers runs several times by turns; the best wall time counts, since other work on the machine only
 adds. `--quiet` waits before each run until the machine is idle. Processor time of the parent is split into its start,
-taken from a run on the first lines of the input, and what it spends on each megabyte.
+taken from a run on the first lines of the input, and what it spends on each megabyte. `--limit` measures the parent
+alone: its workers answer at once with the ids of a typical block.
 """
 
 from __future__ import annotations
@@ -74,15 +75,48 @@ def idle_and_total() -> tuple[int, int]:
     return ticks[3] + ticks[4], sum(ticks)
 
 
+def limit(source: Path, output: Path, workers: int) -> None:
+    """Print what the parent does when its workers take no time."""
+    sys.path.insert(0, str(ROOT))
+    import numpy as np
+
+    import megalm.data.workers
+    from megalm.data.encoding import Encoded, Packed, Recipe
+    from megalm.data.inputs import find_sources
+    from megalm.data.preprocess import Job, preprocess
+
+    tokens = (np.arange(266_000) % 32_000).astype("u2")
+    lengths, sentences = np.full(70, 3_800, np.int32), np.ones(70, np.int32)
+
+    def answer(block: object, recipe: object) -> Encoded:
+        return Encoded({"text": Packed(tokens.copy(), lengths, sentences)}, num_documents=70)
+
+    megalm.data.workers.encode_block = answer  # type: ignore[assignment]
+    sources = find_sources([str(source)])
+    megabytes = sum(found.size_bytes for found in sources) / 1e6
+    recipe = Recipe(encode=lambda text: [], vocab_size=32_000, dtype=np.dtype("u2"))
+    wall, processor = time.perf_counter(), time.process_time()
+    preprocess(Job(sources, str(output), recipe, workers=workers, overwrite=True))
+    wall, processor = time.perf_counter() - wall, time.process_time() - processor
+    rate = f"{megabytes / wall:.0f} MB/s, {1e3 * processor / megabytes:.2f} ms of the parent's processor for a MB"
+    print(f"{workers} workers that take no time: {rate}")
+
+
 def main() -> None:
     """Run, and print a line for each number of workers."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--input", type=Path, required=True, help="jsonl file")
-    parser.add_argument("--tokenizer", required=True, help="Hugging Face folder")
+    parser.add_argument("--tokenizer", help="Hugging Face folder")
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2], help="processes (1 2)")
     parser.add_argument("--repeats", type=int, default=5, help="runs of each (5)")
     parser.add_argument("--quiet", type=float, default=0.0, help="seconds to wait for an idle machine before each run")
+    parser.add_argument("--limit", action="store_true", help="measure the parent alone; --input may be a folder")
     options = parser.parse_args()
+    if options.limit:
+        with tempfile.TemporaryDirectory() as folder:
+            for workers in options.workers:
+                limit(options.input, Path(folder) / "out", workers)
+        return
     megabytes = options.input.stat().st_size / 1e6
     best: dict[int, list[Run]] = {workers: [] for workers in options.workers}
     with tempfile.TemporaryDirectory() as folder:
