@@ -23,6 +23,7 @@ from megalm.data.encoding import Recipe
 from megalm.data.inputs import find_sources
 from megalm.data.preprocess import Job, Progress, preprocess
 from megalm.errors import DataError
+from tests.support.damaged_input import ARCHIVE_DAMAGES
 from tests.support.token_files import read_by_description
 
 EOD = 256
@@ -223,18 +224,7 @@ def test_input_that_is_missing_or_unknown_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("suffix", ["gz", "zst"])
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda raw: raw[: len(raw) // 2],
-        lambda raw: raw[:-4],
-        lambda raw: raw[:1000] + bytes([raw[1000] ^ 1]) + raw[1001:],
-        lambda raw: b"not an archive at all",
-        lambda raw: b"",
-        lambda raw: raw + b"trailing rubbish",
-    ],
-    ids=["cut", "no checksum", "flipped bit", "other file", "empty", "rubbish at the end"],
-)
+@pytest.mark.parametrize("change", ARCHIVE_DAMAGES.values(), ids=ARCHIVE_DAMAGES)
 def test_each_damage_of_an_archive_is_named(tmp_path: Path, change: Callable[[bytes], bytes], suffix: str) -> None:
     line = (json.dumps({"text": os.urandom(40_000).hex()}) + "\n").encode()
     packed = gzip.compress(line) if suffix == "gz" else zstandard.ZstdCompressor(write_checksum=True).compress(line)
