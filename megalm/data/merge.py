@@ -131,14 +131,14 @@ def _merged_sidecar(parts: Sequence[IndexedDataset], sidecars: Sequence[dict[str
     known = [sidecar for sidecar in sidecars if sidecar is not None]
     content: dict[str, Any] = {
         "merged": [
-            {"prefix": part.prefix, "documents": part.num_documents, "tokens": part.num_tokens, **_files(sidecar)}
+            {"prefix": part.prefix, "documents": part.num_documents, "tokens": part.num_tokens, **_origin(sidecar)}
             for part, sidecar in zip(parts, sidecars, strict=True)
         ]
     }
     if len(known) < len(parts):
         return content
     first = known[0]
-    counted = {"files", "documents", "sequences", "tokens", "sources", "partition", "merged", *COUNTS}
+    counted = {"files", "documents", "sequences", "tokens", "sources", "flags", "partition", "merged", *COUNTS}
     content |= {
         name: value
         for name, value in first.items()
@@ -150,10 +150,12 @@ def _merged_sidecar(parts: Sequence[IndexedDataset], sidecars: Sequence[dict[str
     return content
 
 
-def _files(sidecar: dict[str, Any] | None) -> dict[str, Any]:
+def _origin(sidecar: dict[str, Any] | None) -> dict[str, Any]:
+    """The hashes and the command line of a part."""
     if sidecar is None:
         return {}
-    return {name: file["sha256"] for name, file in sidecar["files"].items()}
+    hashes = {name: file["sha256"] for name, file in sidecar["files"].items()}
+    return {**hashes, **({"flags": sidecar["flags"]} if "flags" in sidecar else {})}
 
 
 def _append(writer: IndexedWriter, part: IndexedDataset) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gzip
 import hashlib
 import json
 import re
@@ -12,7 +13,10 @@ import sys
 import time
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 import pytest
+import zstandard
 
 from megalm.data.preprocess_flags import FOREIGN_FLAGS, ForeignFlag, add_foreign_flags, notices
 from megalm.errors import ConfigError
@@ -186,10 +190,37 @@ def test_partitions_of_a_folder_merge_to_the_corpus_of_one_machine(work: Path, t
     for suffix in (".bin", ".idx"):
         merged = Path(f"{tmp_path}/merged{suffix}").read_bytes()
         assert merged == Path(f"{work}/all_text_document{suffix}").read_bytes()
+    sidecar = json.loads((tmp_path / "merged.meta.json").read_text())
+    assert [part["flags"]["partition"] for part in sidecar["merged"]] == [0, 1, 2]
+    assert [source["to_byte"] - source["from_byte"] for source in sidecar["sources"]] == [
+        *(len(b"".join(lines)) for lines in thirds((work / "all.jsonl").read_bytes()))
+    ]
     (tmp_path / "parts" / "all_1_text_document.idx").unlink()
     done = tool("merge_datasets.py", "--input", tmp_path / "parts", "--output-prefix", tmp_path / "again")
     assert done.returncode == 3
     assert "all_1_text_document.idx missing" in done.stderr
+
+
+def thirds(content: bytes) -> list[list[bytes]]:
+    """Lines by the third of the bytes in which they start."""
+    parts: list[list[bytes]] = [[], [], []]
+    at = 0
+    for line in content.splitlines(keepends=True):
+        parts[next(i for i in (2, 1, 0) if at >= len(content) * i // 3)].append(line)
+        at += len(line)
+    return parts
+
+
+def test_every_kind_of_input_gives_the_same_corpus(work: Path, tmp_path: Path) -> None:
+    raw = (work / "all.jsonl").read_bytes()
+    (tmp_path / "a.json.gz").write_bytes(gzip.compress(raw))
+    (tmp_path / "a.jsonl.zst").write_bytes(zstandard.ZstdCompressor().compress(raw))
+    pyarrow.parquet.write_table(pyarrow.table({"text": TEXTS}), tmp_path / "a.parquet", row_group_size=50)
+    for name in ("a.json.gz", "a.jsonl.zst", "a.parquet"):
+        preprocess(work, f"of_{name}", tmp_path / name)
+        for suffix in (".bin", ".idx"):
+            found = Path(f"{work}/of_{name}_text_document{suffix}").read_bytes()
+            assert found == Path(f"{work}/all_text_document{suffix}").read_bytes()
 
 
 def test_sentences_become_sequences(work: Path) -> None:
