@@ -15,8 +15,8 @@ class OutputConfig:
     load: str | None = option(None, doc="Folder whose newest valid checkpoint the run continues from.")
     universal_checkpoint: bool = option(
         False,
-        doc="Load the checkpoint that latest_universal names, which is in DeepSpeed's universal form. Without it one is "
-        "taken where the folder has no other.",
+        doc="Load the checkpoint that latest_universal names, which is in DeepSpeed's universal form. Without it one "
+        "is taken where the folder has no other.",
     )
     save_interval: int | None = option(None, doc="Steps between checkpoints; only at the end when not given.")
     keep_last: int | None = option(
