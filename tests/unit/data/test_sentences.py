@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 import sys
 import types
 from pathlib import Path
@@ -83,3 +84,31 @@ def test_punkt_is_that_of_nltk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     assert [part.strip() for part in found] == SENTENCES
     assert "".join(found) == TEXT if keep else found == SENTENCES
     assert len(splitter.about["model"]) == 64
+
+
+class SpanTokenizer:
+    """Stands in for nltk's: a sentence is what ends in a full stop; white space lies between."""
+
+    def __init__(self, language: str) -> None:
+        self._params = types.SimpleNamespace(
+            collocations={("a", "b")}, sent_starters={"the"}, abbrev_types={language}, ortho_context={"a": 1}
+        )
+
+    def span_tokenize(self, text: str) -> list[tuple[int, int]]:
+        return [found.span() for found in re.finditer(r"\S[^.]*\.?", text)]
+
+    def tokenize(self, text: str) -> list[str]:
+        return [text[begin:end] for begin, end in self.span_tokenize(text)]
+
+
+def test_punkt_sees_a_million_characters_at_a_time_and_names_its_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = types.SimpleNamespace(PunktTokenizer=SpanTokenizer, __version__="3.9.9")
+    monkeypatch.setattr("megalm.data.sentences.PUNKT_CHARACTERS", 7)
+    monkeypatch.setattr("importlib.import_module", lambda name: module)
+    text = " One.  Two\n\nthree.\n"
+    assert open_splitter("punkt").split(text) == ["One.", "Two\n\nth", "ree."]
+    kept = open_splitter("punkt", keep_newlines=True)
+    assert kept.split(text) == [" One.  ", "Two\n\nth", "ree.\n"]
+    assert (kept.about["nltk"], kept.about["keep_newlines"]) == ("3.9.9", True)
+    assert kept.about["model"] == open_splitter("punkt").about["model"]
+    assert kept.about["model"] != open_splitter("punkt", language="german").about["model"]
