@@ -14,6 +14,7 @@ from torch import Tensor
 
 from megalm.checkpoint import layout
 from megalm.checkpoint.durable import FileRecord, make_folder, remove_folder, rename, sync_folder, write_text
+from megalm.checkpoint.file_ranges import BlockReader, offsets_in_file
 from megalm.checkpoint.huggingface import Renamed, family_of, model_config, renamed, unchanged
 from megalm.checkpoint.manifest import hash_file
 from megalm.checkpoint.merge import LayerFiles
@@ -165,13 +166,15 @@ def _write_weights(
 class _Source:
     """The weights of a checkpoint in the bytes of an export; one layer's files are open at a time.
 
-    Bytes that only move are handed on where they lie in their file. Others are made in one of two buffers, each as
-    large as the largest weight, while the one before is being written.
+    Bytes that only move are read in blocks. Others are made in one of two buffers, each as large as the largest weight,
+    while the one before is being written.
     """
 
     def __init__(self, layers: LayerFiles, buffer_bytes: int) -> None:
         self._layers = layers
         self._shards: tuple[int, list[dict[str, Any]]] = (-1, [])
+        self._offsets: list[dict[int, int]] = []
+        self._reader = BlockReader()
         self._buffer_bytes = buffer_bytes
         self._free: Queue[Tensor | None] = Queue()
         for _ in range(2):
@@ -182,6 +185,7 @@ class _Source:
         weight = plan.weight
         if self._shards[0] != weight.layer:
             self._shards = (weight.layer, self._layers.read_layer(weight.layer))
+            self._offsets = [self._offsets_of(weight, rank, state) for rank, state in enumerate(self._shards[1])]
         shards = self._shards[1]
         moved = plan.renamed.to_hf is unchanged
         parts = [self._layers.part(weight, state, rank) for rank, state in enumerate(shards)]
@@ -189,7 +193,8 @@ class _Source:
             parts = [self._layers.merge(weight, shards)]
         cut = len(parts) > 1
         if moved and parts[0].dtype == plan.entry.dtype and (not cut or weight.partition_dim == 0):
-            yield from (Bytes(part.contiguous()) for part in parts)
+            for rank, part in enumerate(parts):
+                yield from self._moved(weight, rank, part)
             return
         target, release = self._buffer(plan.entry)
         if moved and cut and weight.partition_dim is not None:
@@ -199,6 +204,22 @@ class _Source:
             whole = torch.cat(parts, dim=weight.partition_dim or 0) if cut else parts[0]
             target.copy_(plan.renamed.to_hf(whole))
         yield Bytes(target, release)
+
+    def _offsets_of(self, weight: Weight, rank: int, state: dict[str, Any]) -> dict[int, int]:
+        """Where the tensors of a layer lie in its file, by address; nothing where each weight has a file of its own."""
+        if type(self._layers) is not LayerFiles:
+            return {}
+        tensors = [value for value in state.values() if isinstance(value, Tensor)]
+        return offsets_in_file(self._layers.file_of(weight, rank), tensors)
+
+    def _moved(self, weight: Weight, rank: int, part: Tensor) -> Iterator[Bytes]:
+        """A part's bytes as they are, out of its file if it is known where they lie."""
+        offset = self._offsets[rank].get(part.data_ptr()) if part.is_contiguous() else None
+        if offset is None:
+            yield Bytes(part.contiguous())
+            return
+        for data, block in self._reader.read(self._layers.file_of(weight, rank), offset, part.nbytes):
+            yield Bytes(data.view(part.dtype), block.give_back)
 
     def _buffer(self, entry: Entry) -> tuple[Tensor, Callable[[], None]]:
         """Room for one weight, once an earlier one has left it."""
