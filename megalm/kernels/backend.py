@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +27,7 @@ from megalm.kernels.layer_norm import apex_norm, oracle, torch_native
 from megalm.kernels.layer_norm.protocol import AddLayerNormKernel
 from megalm.kernels.linear import fp8, onednn
 from megalm.kernels.linear.torch_native import TorchLinear
+from megalm.kernels.triton_support import triton_missing
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def _jit_obstacle(device: torch.device) -> str | None:
 def _triton_obstacle(device: torch.device) -> str | None:
     if device.type != "cuda":
         return "Triton compiles for GPUs"
-    return None if importlib.util.find_spec("triton") is not None else "Triton is not installed"
+    return triton_missing()
 
 
 def _triton_layer_norm() -> Any:

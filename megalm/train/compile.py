@@ -6,7 +6,6 @@ All blocks of a stage share one compiled graph, since they differ in their weigh
 from __future__ import annotations
 
 import functools
-import importlib.util
 import shutil
 import time
 from collections.abc import Callable
@@ -20,9 +19,11 @@ from megalm.errors import KernelError
 from megalm.kernels.attention.baddbmm import BaddbmmAttention
 from megalm.kernels.attention.sdpa import SdpaAttention
 from megalm.kernels.linear.torch_native import TorchLinear
+from megalm.kernels.triton_support import triton_missing
 from megalm.models.blocks.block import ParallelTransformerLayer
 from megalm.telemetry.console import Console
 
+CPU_COMPILERS = ("g++", "clang++", "c++")
 STEPS_TO_COMPILE = 3
 """Steps of a run in which compiling is expected; later it costs time that was not planned, and is warned of."""
 
@@ -131,9 +132,8 @@ def obstacle(device: torch.device, *, zero_stage: int, needs_compiler: bool = Tr
     """Why blocks cannot be compiled here, or None."""
     if zero_stage == 3:
         return "ZeRO-3 gathers parameters in hooks inside the blocks"
-    if device.type == "cuda" and importlib.util.find_spec("triton") is None:
-        return "Triton is not installed"
-    compilers = ("gcc", "clang", "cc") if device.type == "cuda" else ("g++", "clang++", "c++")
-    if needs_compiler and not any(shutil.which(compiler) for compiler in compilers):
-        return f"there is no compiler among {', '.join(compilers)}"
+    if device.type == "cuda":
+        return triton_missing()
+    if needs_compiler and not any(shutil.which(compiler) for compiler in CPU_COMPILERS):
+        return f"there is no compiler among {', '.join(CPU_COMPILERS)}"
     return None
