@@ -7,8 +7,13 @@ from dataclasses import dataclass
 
 import torch
 
+from megalm.kernels.triton_support import triton_missing
+
 HALVES = (torch.bfloat16, torch.float16)
 LARGEST_TRITON_HEAD = 128
+TRITON_SHARED_BYTES = 196 << 10
+"""Shared memory that a program of the Triton core takes at most, on GPUs whose copy engine fills it."""
+HOPPER = (9, 0)
 
 
 @dataclass(frozen=True)
@@ -28,10 +33,14 @@ def triton_obstacle(device: torch.device) -> str | None:
     """Why megalm's Triton core cannot run on `device`; does not load Triton unless everything else is there."""
     if device.type != "cuda" or torch.version.cuda is None:
         return "its kernels are compiled for NVIDIA GPUs"
-    if torch.cuda.get_device_capability(device) < (8, 0):
-        return f"it needs compute capability 8.0, {torch.cuda.get_device_name(device)} has less"
-    if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed (pip install triton)"
+    capability, name = torch.cuda.get_device_capability(device), torch.cuda.get_device_name(device)
+    if capability < (8, 0):
+        return f"it needs compute capability 8.0, {name} has less"
+    shared_bytes = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    if capability >= HOPPER and shared_bytes < TRITON_SHARED_BYTES:
+        return f"it takes {TRITON_SHARED_BYTES >> 10} KiB of shared memory, {name} has {shared_bytes >> 10}"
+    if (missing := triton_missing()) is not None:
+        return missing
     if importlib.util.find_spec("triton.tools.tensor_descriptor") is None:
         return "this Triton has no tensor descriptors; 3.4 has"
     return None
@@ -52,7 +61,7 @@ def flex_obstacle(device: torch.device) -> str | None:
         return "FlexAttention trains on GPUs only"
     if importlib.util.find_spec("torch.nn.attention.flex_attention") is None:
         return "this torch has no FlexAttention"
-    return None if importlib.util.find_spec("triton") else "FlexAttention compiles to Triton, which is not installed"
+    return triton_missing()
 
 
 def flex_misfit(use: AttentionUse) -> str | None:
@@ -69,12 +78,13 @@ def preferred_core(device: torch.device, use: AttentionUse | None) -> tuple[str,
     if not use.alibi and not use.documents:
         return "sdpa", "without ALiBi and document masks nothing is faster than torch's own fused kernels"
     asked = "ALiBi" if use.alibi else "document masks"
-    obstacle = triton_obstacle(device) or triton_misfit(use)
-    if obstacle is not None:
-        return "sdpa", f"{asked} through a bias in memory; the triton core does not serve here: {obstacle}"
     if use.dtype not in HALVES:
-        return "sdpa", f"{asked} through a bias in memory; in {use.dtype} the triton core cannot use matrix units"
-    return (
-        "triton",
-        f"{asked} in registers: no bias of [n, s, s] is stored or read, and blocks out of sight are skipped",
-    )
+        return "sdpa", f"{asked} through a bias in memory; in {use.dtype} the other cores cannot use matrix units"
+    obstacle = triton_obstacle(device) or triton_misfit(use)
+    if obstacle is None and torch.cuda.get_device_capability(device) < HOPPER:
+        obstacle = "it is made for the copy engine of compute capability 9.0 and slow without"
+    if obstacle is None:
+        return "triton", f"{asked} in registers: no [n, s, s] bias is stored or read, blocks out of sight are skipped"
+    if not use.documents and flex_obstacle(device) is None and flex_misfit(use) is None:
+        return "flex", f"{asked} in the kernel by FlexAttention; the triton core does not serve here: {obstacle}"
+    return "sdpa", f"{asked} through a bias in memory; the triton core does not serve here: {obstacle}"

@@ -17,12 +17,13 @@ import pytest
 import torch
 
 from megalm.kernels.attention import triton_backward, triton_forward
+from megalm.kernels.attention.suitability import TRITON_SHARED_BYTES
 from megalm.kernels.attention.triton_launch import Blocks, Cut, cut_for, head_parts
 
 triton = pytest.importorskip("triton")
 
-SHARED_BYTES = 227 * 1024
-"""What a block of an H100 can have."""
+SHARED_BYTES = TRITON_SHARED_BYTES
+"""What the choice of cores asks for; a block of an H100 can have 227 KiB."""
 
 KERNELS = {
     "forward": triton_forward.attention_forward,
@@ -41,6 +42,8 @@ class Report:
     shared_bytes: int
     registers: int
     spilled_bytes: int
+    scratch_bytes: int
+    """Of global memory, which would need an allocator."""
     serialised: bool
     ptx: str
 
@@ -98,6 +101,7 @@ def compile_for_hopper(
         compiled.metadata.shared,
         int(registers.group(1)),
         int(spilled.group(1)) + int(spilled.group(2)),
+        compiled.metadata.global_scratch_size,
         "serialized" in text,
         compiled.asm["ptx"],
     )
@@ -133,6 +137,7 @@ def test_alibi_kernels_fit_a_hopper_gpu_without_spills(kernel: str, head_size: i
     assert report.spilled_bytes == 0
     assert not report.serialised
     assert report.shared_bytes <= SHARED_BYTES
+    assert report.scratch_bytes == 0
     assert "wgmma.mma_async" in report.ptx
     assert "cp.async.bulk.tensor.4d" in report.ptx
     assert not re.search(r"\batom\.", report.ptx)
