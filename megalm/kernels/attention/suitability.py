@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -36,7 +37,8 @@ def triton_obstacle(device: torch.device) -> str | None:
     capability, name = torch.cuda.get_device_capability(device), torch.cuda.get_device_name(device)
     if capability < (8, 0):
         return f"it needs compute capability 8.0, {name} has less"
-    shared_bytes = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    properties: Any = torch.cuda.get_device_properties(device)  # Its stub lacks the attribute.
+    shared_bytes = properties.shared_memory_per_block_optin
     if capability >= HOPPER and shared_bytes < TRITON_SHARED_BYTES:
         return f"it takes {TRITON_SHARED_BYTES >> 10} KiB of shared memory, {name} has {shared_bytes >> 10}"
     if (missing := triton_missing()) is not None:
