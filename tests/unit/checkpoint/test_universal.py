@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import contextlib
+import os
+import pickle
 import re
 from pathlib import Path
 
@@ -154,3 +157,46 @@ def test_its_weights_are_those_of_the_run_and_tools_read_it(
     torch.save(state, path)
     assert verify_checkpoint.main(["--load", str(universal)]) == CheckpointError.exit_code
     assert "holds NaN" in capsys.readouterr().out
+
+
+class Call:
+    """Pickles into a call."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        layout.model_file(0),
+        "zero/optimizer_state.pt",
+        "zero/3.mlp.dense_4h_to_h.bias/fp32.pt",
+        "zero/3.mlp.dense_4h_to_h.bias/exp_avg.pt",
+        "zero/3.mlp.dense_4h_to_h.bias/step.pt",
+    ],
+)
+@pytest.mark.parametrize("bare", [True, False])
+def test_a_call_in_any_of_its_files_is_never_made(tmp_path: Path, universal: Path, name: str, bare: bool) -> None:
+    (universal / layout.MANIFEST).unlink()
+    canary = tmp_path / "canary"
+    if bare:
+        (universal / name).write_bytes(pickle.dumps(Call(canary)))
+    else:
+        stored = torch.load(universal / name, weights_only=False)
+        torch.save({**stored, "more": Call(canary)} if isinstance(stored, dict) else Call(canary), universal / name)
+
+    def read_all() -> None:
+        source = open_checkpoint(universal)
+        files = source.optimizer()
+        files.loss_scaler()
+        files.parameter_groups()
+        for weight, _ in source.layers.iterate():
+            files.state(weight, 0)
+
+    with contextlib.suppress(CheckpointError):
+        read_all()
+    assert not canary.exists()
