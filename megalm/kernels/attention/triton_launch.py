@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -87,6 +88,7 @@ def padded_head_size(head_size: int) -> int:
     return max(16, next_power_of_two(head_size))
 
 
+@functools.cache
 def head_parts(head_size: int) -> tuple[int, int]:
     """The columns that a head is held in, a power of two and the rest's or 0: (64, 16) for 80, (128, 0) for 112."""
     padded = padded_head_size(head_size)
