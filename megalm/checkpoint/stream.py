@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from queue import Queue
 from threading import Condition, Thread
@@ -13,9 +13,9 @@ from types import TracebackType
 
 from megalm.checkpoint.durable import FileRecord, open_new, sync, write_all
 
-MAX_AHEAD_BYTES = 256 * 1024 * 1024
+# Few enough to be in a processor's cache still when they are written.
+MAX_AHEAD_BYTES = 32 * 1024 * 1024
 _BLOCK_BYTES = 8 * 1024 * 1024
-_SYNC_BYTES = 128 * 1024 * 1024
 
 
 @dataclass
@@ -28,24 +28,22 @@ class _Chunk:
 class StreamedFile:
     """A new file. `put` returns at once; leaving the context waits until everything is on the disk.
 
-    At most MAX_AHEAD_BYTES wait to be written and hashed. The disk is given its bytes while more are being written.
+    At most MAX_AHEAD_BYTES wait to be written and hashed, and what the last `put` brought.
     """
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._file = open_new(path)
         self._hash = hashlib.sha256()
-        self._bytes = self._ahead = self._unsynced = 0
+        self._bytes = self._ahead = 0
         self._failure: BaseException | None = None
         self._changed = Condition()
         self._queues: list[Queue[_Chunk | None]] = [Queue(), Queue()]
-        self._syncs: Queue[bool] = Queue()
-        works = (self._write, self._hash.update)
+        works = (partial(write_all, self._file), self._hash.update)
         self._threads = [
             Thread(target=self._run, args=pair, daemon=True) for pair in zip(self._queues, works, strict=True)
         ]
-        self._syncer = Thread(target=self._sync_now_and_then, daemon=True)
-        for thread in (*self._threads, self._syncer):
+        for thread in self._threads:
             thread.start()
 
     def put(self, data: memoryview, release: Callable[[], None] | None = None) -> None:
@@ -80,20 +78,6 @@ class StreamedFile:
             if last and chunk.release is not None:
                 chunk.release()
 
-    def _write(self, data: memoryview) -> None:
-        write_all(self._file, data)
-        self._unsynced += data.nbytes
-        if self._unsynced >= _SYNC_BYTES:
-            self._unsynced = 0
-            self._syncs.put(True)
-
-    def _sync_now_and_then(self) -> None:
-        while self._syncs.get():
-            try:
-                os.fdatasync(self._file.fileno())
-            except OSError as error:
-                self._failure = self._failure or error
-
     def __enter__(self) -> StreamedFile:
         return self
 
@@ -106,8 +90,6 @@ class StreamedFile:
             queue.put(None)
         for thread in self._threads:
             thread.join()
-        self._syncs.put(False)
-        self._syncer.join()
         try:
             if self._failure is None:
                 sync(self._file)

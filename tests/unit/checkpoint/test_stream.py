@@ -15,7 +15,6 @@ from megalm.checkpoint.stream import StreamedFile
 def test_everything_is_written_and_hashed_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stream, "MAX_AHEAD_BYTES", 5_000)
     monkeypatch.setattr(stream, "_BLOCK_BYTES", 700)
-    monkeypatch.setattr(stream, "_SYNC_BYTES", 3_000)
     generator = random.Random(0)
     chunks = [generator.randbytes(generator.randrange(4_000)) for _ in range(60)]
     released: list[int] = []
