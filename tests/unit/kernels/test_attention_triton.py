@@ -137,15 +137,16 @@ def test_heads_that_share_keys_match_float64(kv_heads: int, device: torch.device
 
 def test_blocks_that_cannot_matter_are_skipped_and_nothing_changes(device: torch.device) -> None:
     s = LONG
-    q, k, v = example(torch.float32, device, n=2, s=s)
+    q, k, v = example(torch.float32, device, n=2, s=s, d=40)
     slopes = torch.tensor([0.7, 1e-4], device=device)
     _, _, first_key = attention(q, k, v, slopes, None, None, 0.0)
     assert first_key[0, 0, -1] > s // 3  # exp(-0.7 * distance) vanishes beside scores of a few units.
     assert not first_key[0, 1].any()
     check([q, k, v], slopes=slopes)
-    # One key so long that it matters from anywhere.
+    # One key so long that it matters from anywhere, and to queries that live in the second piece of the head alone.
     with torch.no_grad():
-        k[0, 0, 3] = 1.5 * 0.7 * s * 4.0 / q[0, 0, s - 1].square().sum() * q[0, 0, s - 1]
+        q[0, 0, :, :32] = 0.0
+        k[0, 0, 3] = 1.5 * 0.7 * s * 40**0.5 / q[0, 0, s - 1].square().sum() * q[0, 0, s - 1]
     _, _, first_key = attention(q, k, v, slopes, None, None, 0.0)
     assert not first_key[0, 0].any()
     check_far_key = TritonAttention()(q, k, v, slopes=slopes, mask=None, dropout=0.0, training=False)
@@ -168,7 +169,7 @@ def kept_by(seed: Tensor, q: Tensor, dropout: float) -> Tensor:
 
 
 def test_dropout_drops_the_same_weights_forward_and_backward(device: torch.device) -> None:
-    inputs = example(torch.float32, device, s=40)
+    inputs = example(torch.float32, device, s=40, d=40)  # Heads of two pieces.
     torch.manual_seed(5)
     seed = torch.randint(2**62, (1,), dtype=torch.int64, device=device)
     kept = kept_by(seed, inputs[0], 0.3)
