@@ -1,11 +1,10 @@
-"""A file that is written and hashed by two threads while a third prepares what comes next."""
+"""A file that one thread hashes while another prepares and writes: as long as the slower of the two, the hashing."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from queue import Queue
 from threading import Condition, Thread
@@ -21,14 +20,13 @@ _BLOCK_BYTES = 8 * 1024 * 1024
 @dataclass
 class _Chunk:
     data: memoryview
-    users: int
     release: Callable[[], None] | None
 
 
 class StreamedFile:
-    """A new file. `put` returns at once; leaving the context waits until everything is on the disk.
+    """A new file. `put` writes at once and hashes later; leaving the context waits until all is hashed and on the disk.
 
-    At most MAX_AHEAD_BYTES wait to be written and hashed, and what the last `put` brought.
+    At most MAX_AHEAD_BYTES wait to be hashed, and what the last `put` brought.
     """
 
     def __init__(self, path: Path) -> None:
@@ -36,46 +34,33 @@ class StreamedFile:
         self._file = open_new(path)
         self._hash = hashlib.sha256()
         self._bytes = self._ahead = 0
-        self._failure: BaseException | None = None
         self._changed = Condition()
-        self._queues: list[Queue[_Chunk | None]] = [Queue(), Queue()]
-        works = (partial(write_all, self._file), self._hash.update)
-        self._threads = [
-            Thread(target=self._run, args=pair, daemon=True) for pair in zip(self._queues, works, strict=True)
-        ]
-        for thread in self._threads:
-            thread.start()
+        self._queue: Queue[_Chunk | None] = Queue()
+        self._thread = Thread(target=self._run, name="megalm hash", daemon=True)
+        self._thread.start()
 
     def put(self, data: memoryview, release: Callable[[], None] | None = None) -> None:
-        """Append bytes, which must stay as they are until `release` is called from another thread.
+        """Append bytes, which must stay as they are until `release` is called from another thread and `put` returned.
 
-        Raises: what writing earlier ones raised.
+        Raises: OSError if they cannot be written.
         """
         with self._changed:
-            self._changed.wait_for(lambda: self._ahead < MAX_AHEAD_BYTES or self._failure is not None)
-            if self._failure is not None:
-                raise self._failure
+            self._changed.wait_for(lambda: self._ahead < MAX_AHEAD_BYTES)
             self._ahead += data.nbytes
         self._bytes += data.nbytes
-        chunk = _Chunk(data.cast("B") if data.nbytes else data, len(self._queues), release)
-        for queue in self._queues:
-            queue.put(chunk)
+        flat = data.cast("B") if data.nbytes else data
+        self._queue.put(_Chunk(flat, release))
+        for start in range(0, flat.nbytes, _BLOCK_BYTES):
+            write_all(self._file, flat[start : start + _BLOCK_BYTES])
 
-    def _run(self, queue: Queue[_Chunk | None], work: Callable[[memoryview], object]) -> None:
-        while (chunk := queue.get()) is not None:
-            try:
-                for start in range(0, chunk.data.nbytes, _BLOCK_BYTES):
-                    if self._failure is None:
-                        work(chunk.data[start : start + _BLOCK_BYTES])
-            except BaseException as error:
-                self._failure = self._failure or error
+    def _run(self) -> None:
+        while (chunk := self._queue.get()) is not None:
+            for start in range(0, chunk.data.nbytes, _BLOCK_BYTES):
+                self._hash.update(chunk.data[start : start + _BLOCK_BYTES])
             with self._changed:
-                chunk.users -= 1
-                last = chunk.users == 0
-                if last:
-                    self._ahead -= chunk.data.nbytes
+                self._ahead -= chunk.data.nbytes
                 self._changed.notify_all()
-            if last and chunk.release is not None:
+            if chunk.release is not None:
                 chunk.release()
 
     def __enter__(self) -> StreamedFile:
@@ -84,19 +69,13 @@ class StreamedFile:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error is not None:
-            self._failure = self._failure or error
-        for queue in self._queues:
-            queue.put(None)
-        for thread in self._threads:
-            thread.join()
+        self._queue.put(None)
+        self._thread.join()
         try:
-            if self._failure is None:
+            if error is None:
                 sync(self._file)
         finally:
             self._file.close()
-        if self._failure is not None and error is None:
-            raise self._failure
 
     @property
     def record(self) -> FileRecord:
