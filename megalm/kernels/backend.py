@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from megalm.errors import KernelError
+from megalm.kernels import self_check
 from megalm.kernels.attention.baddbmm import BaddbmmAttention
 from megalm.kernels.attention.sdpa import SdpaAttention
 from megalm.kernels.attention.suitability import (
@@ -145,6 +146,13 @@ _CANDIDATES: dict[str, dict[str, _Candidate]] = {
 }
 
 
+COMPILED_HERE = {
+    "triton": {"attention": "sdpa", "layer_norm": "torch", "bias_gelu": "torch", "glu": "torch", "head": "chunked"},
+    "flex": {"attention": "sdpa"},
+}
+"""Implementations that `auto` takes only if they pass `self_check`, and what it takes in their place."""
+
+
 def choose(operation: str, requested: str, device: torch.device, *, use: AttentionUse | None = None) -> Choice:
     """The implementation of an operation (attention, layer_norm, ...) that `requested` names, or `auto` finds best.
 
@@ -156,7 +164,13 @@ def choose(operation: str, requested: str, device: torch.device, *, use: Attenti
     candidates = _CANDIDATES[operation]
     if requested == "auto":
         name, reason = _preference(operation, device, use)
-        return Choice(name, candidates[name].build(), reason)
+        implementation = candidates[name].build()
+        if name in COMPILED_HERE:
+            wrong = self_check.failure(operation, implementation, device, use=use)
+            if wrong is not None:
+                fallback = COMPILED_HERE[name][operation]
+                return Choice(fallback, candidates[fallback].build(), f"{name} failed its check on this GPU: {wrong}")
+        return Choice(name, implementation, reason)
     field = "output.bias_gelu" if operation == "glu" else f"output.{operation}"
     remedy = f"  implementations that work here: {', '.join(_usable(operation, device, use))}"
     if requested not in candidates:

@@ -1,0 +1,136 @@
+"""Kernels that were just compiled for this GPU, held against the references before a run relies on them.
+
+A compiler, a driver or a GPU that nobody has tried before must cost a line in the log, not a run. Small inputs, results
+and gradients; the bound is a gross one, since the tests know the errors that rounding makes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megalm.kernels.alibi import alibi_slopes
+from megalm.kernels.attention.baddbmm import BaddbmmAttention
+from megalm.kernels.attention.suitability import AttentionUse
+from megalm.kernels.bias_gelu.eager import bias_gelu
+from megalm.kernels.bias_gelu.gated import torch_glu
+from megalm.kernels.cross_entropy.torch_rows import TorchRows
+from megalm.kernels.layer_norm import oracle
+
+BOUND = 0.05
+"""Largest difference from the reference in fp32, over its largest value: several roundings to 8 bits of mantissa."""
+EPSILON = 1e-5
+
+Draw = Callable[..., Tensor]
+Results = tuple[Tensor, ...]
+
+
+def failure(operation: str, kernel: Any, device: torch.device, *, use: AttentionUse | None = None) -> str | None:
+    """What is wrong with a kernel of `operation` on `device`, in a few words; None if it gives the reference's numbers.
+
+    Random streams are left as they are. Operations without a check pass.
+    """
+    check = _CHECKS.get(operation)
+    if check is None:
+        return None
+    generator = torch.Generator().manual_seed(17)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(device, dtype)
+
+    try:
+        for name, got, wanted in check(kernel, draw, use):
+            difference = (got.float() - wanted.float()).abs().max().item()
+            if not difference <= BOUND * max(wanted.float().abs().max().item(), EPSILON):
+                return f"{name} differs from the reference by {difference:.3g}"
+    except Exception as error:  # Whatever a compiler or a driver raises, the reference remains.
+        return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:160]}"
+    return None
+
+
+Check = Callable[[Any, Draw, AttentionUse | None], list[tuple[str, Tensor, Tensor]]]
+
+
+def _attention(kernel: Any, draw: Draw, use: AttentionUse | None) -> list[tuple[str, Tensor, Tensor]]:
+    s, b, n, d = 150, 2, 4, use.head_size if use is not None else 64
+    mixed = draw(s, b, n, 3, d)
+    slopes = alibi_slopes(n).to(mixed.device) if use is None or use.alibi else None
+    starts = None
+    if use is not None and use.documents:
+        positions = torch.arange(s, device=mixed.device, dtype=torch.int32)
+        starts = torch.where(positions < 70, 0, 70).to(torch.int32).expand(b, s).contiguous()
+    options: dict[str, Any] = {"slopes": slopes, "mask": starts, "dropout": 0.0, "training": True}
+    return _compared(
+        lambda x: kernel.from_fused(x, **options), lambda x: BaddbmmAttention().from_fused(x, **options), (mixed,), draw
+    )
+
+
+def _layer_norm(kernel: Any, draw: Draw, use: AttentionUse | None) -> list[tuple[str, Tensor, Tensor]]:
+    from megalm.kernels.layer_norm.triton_norm import add_layer_norm
+
+    h = 1024
+    norm = (draw(67, h), draw(h), draw(h))
+    added = (draw(67, h), draw(h), draw(67, h), draw(h), draw(h))
+
+    def reference(x: Tensor, branch: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> Results:
+        total = residual + (x + branch)
+        return total, oracle.layer_norm(total, weight, bias, EPSILON)
+
+    return [
+        *_compared(partial(kernel, eps=EPSILON), partial(oracle.layer_norm, eps=EPSILON), norm, draw),
+        *_compared(partial(add_layer_norm, eps=EPSILON), reference, added, draw),
+    ]
+
+
+def _bias_gelu(kernel: Any, draw: Draw, use: AttentionUse | None) -> list[tuple[str, Tensor, Tensor]]:
+    return _compared(kernel, bias_gelu, (draw(67, 512), draw(512)), draw)
+
+
+def _glu(kernel: Any, draw: Draw, use: AttentionUse | None) -> list[tuple[str, Tensor, Tensor]]:
+    return _compared(kernel("swiglu"), torch_glu("swiglu"), (draw(67, 512), draw(512)), draw)
+
+
+def _head(kernel: Any, draw: Draw, use: AttentionUse | None) -> list[tuple[str, Tensor, Tensor]]:
+    logits, labels = draw(9, 5000), torch.arange(9) * 500
+    labels = labels.to(logits.device)
+    weights = torch.ones(9, device=logits.device)
+    found = []
+    for rows, values in ((kernel, logits.clone()), (TorchRows(), logits.float())):
+        peak, total = rows.statistics(values)
+        log_sum = rows.log_sum_and_gradient_(values, labels, weights, z_loss=1e-4)
+        found.append((peak, total, log_sum, values))
+    return [(f"part {at}", got, wanted) for at, (got, wanted) in enumerate(zip(*found, strict=True))]
+
+
+_CHECKS: dict[str, Check] = {
+    "attention": _attention,
+    "layer_norm": _layer_norm,
+    "bias_gelu": _bias_gelu,
+    "glu": _glu,
+    "head": _head,
+}
+
+
+def _compared(
+    kernel: Callable[..., Any], reference: Callable[..., Any], inputs: Results, draw: Draw
+) -> list[tuple[str, Tensor, Tensor]]:
+    """Results and gradients of both sides, the reference in fp32 on the same values."""
+    ours = tuple(x.detach().clone().requires_grad_() for x in inputs)
+    theirs = tuple(x.detach().float().requires_grad_() for x in inputs)
+    got, wanted = _as_tuple(kernel(*ours)), _as_tuple(reference(*theirs))
+    upstream = [draw(*result.shape) for result in got]
+    got_gradients = torch.autograd.grad(got, ours, upstream)
+    wanted_gradients = torch.autograd.grad(wanted, theirs, [gradient.float() for gradient in upstream])
+    return [
+        *((f"result {at}", *pair) for at, pair in enumerate(zip(got, wanted, strict=True))),
+        *((f"gradient {at}", *pair) for at, pair in enumerate(zip(got_gradients, wanted_gradients, strict=True))),
+    ]
+
+
+def _as_tuple(results: Any) -> Results:
+    return results if isinstance(results, tuple) else (results,)
