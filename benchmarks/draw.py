@@ -71,7 +71,8 @@ def draw(steps: list[dict[str, Any]], kernels: dict[str, Any] | None, path: Path
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    operations = list(dict.fromkeys((row["operation"], row["shape"]) for row in kernels["rows"])) if kernels else []
+    timed = [(row["operation"], row["shape"]) for row in kernels["rows"] if row.get("milliseconds")] if kernels else []
+    operations = [one for one in dict.fromkeys(timed) if timed.count(one) > 1]  # a side alone is no comparison
     columns = 3
     rows = -(-(len(steps) + len(operations)) // columns)
     figure, axes = plt.subplots(rows, columns, figsize=(15, 3.2 * rows), squeeze=False)

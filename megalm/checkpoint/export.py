@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from queue import Queue
@@ -87,7 +88,8 @@ def export_checkpoint(
     try:
         eod_id = save_tokenizer(temporary) if save_tokenizer is not None else None
         config = model_config(shape, family=family, dtype=_DTYPE_WORDS[chosen], eod_id=eod_id, seq_length=seq_length)
-        _write_weights(export, layers, planned, max_shard_bytes=max_shard_bytes, progress=progress)
+        with _one_torch_thread():
+            _write_weights(export, layers, planned, max_shard_bytes=max_shard_bytes, progress=progress)
         _write_texts(export, config, eod_id=eod_id)
         export.drift = layers.drift
         if prove is not None:
@@ -135,6 +137,17 @@ def _plan(shape: GPTShape, *, family: str, dtype: torch.dtype) -> list[_Planned]
         form = renamed(weight, shape, family=family)
         planned.append(_Planned(weight, form, Entry(form.name, form.shape, dtype)))
     return planned
+
+
+@contextmanager
+def _one_torch_thread() -> Iterator[None]:
+    """Keep torch to the calling thread: its others wait by spinning, on the processor that hashes."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _write_weights(
