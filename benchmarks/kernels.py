@@ -21,7 +21,7 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 
@@ -49,7 +49,7 @@ def main(arguments: list[str]) -> int:
     if options.json:
         found = {
             "device": device_name(device),
-            "versions": versions(),
+            "versions": versions(PACKAGES),
             "date": datetime.date.today().isoformat(),
             "rows": [asdict(row) for row in rows],
         }
@@ -101,10 +101,10 @@ def device_name(device: torch.device) -> str:
     return f"{platform.machine()} CPU, {torch.get_num_threads()} thread(s), {torch.backends.cpu.get_cpu_capability()}"
 
 
-def versions() -> dict[str, str]:
-    """Of torch and of the peers that are installed."""
+def versions(packages: Iterable[str]) -> dict[str, str]:
+    """Of those packages that are installed."""
     found = {}
-    for package in PACKAGES:
+    for package in packages:
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:

@@ -54,6 +54,7 @@ def main(arguments: list[str]) -> int:
 
 def compare(options: argparse.Namespace, folder: Path) -> int:
     """Run every side and print the table; 0 if the trainer ran at every micro-batch size."""
+    from benchmarks.kernels import versions
     from megalm.config.parse import parse_command_line
 
     preset = _preset(options.model)
@@ -74,7 +75,8 @@ def compare(options: argparse.Namespace, folder: Path) -> int:
     _print_table(results, config, options, peak_tflops)
     if options.json:
         content = {"model": options.model, "device": _device_name(device), "date": time.strftime("%Y-%m-%d"),
-                   "versions": _versions(), "peak_tflops": peak_tflops, "seq_length": config.data.seq_length,
+                   "versions": versions(("torch", "triton", "deepspeed", "transformers")),
+                   "peak_tflops": peak_tflops, "seq_length": config.data.seq_length,
                    "num_micro_batches": options.num_micro_batches,
                    "results": [asdict(result) for result in results]}  # fmt: skip
         Path(options.json).write_text(json.dumps(content, indent=1) + "\n")
@@ -210,18 +212,6 @@ def _device_name(device: str) -> str:
     import torch
 
     return torch.cuda.get_device_name() if device == "cuda" else f"cpu, {os.cpu_count()} cores"
-
-
-def _versions() -> dict[str, str]:
-    from importlib.metadata import PackageNotFoundError, version
-
-    found = {}
-    for package in ("torch", "triton", "deepspeed", "transformers"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 def _matmul_tflops(threads: int) -> float:

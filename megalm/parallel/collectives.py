@@ -85,14 +85,14 @@ def _all_reduce(x: Tensor, group: Group) -> Tensor:
 
 
 def _all_gather_first(x: Tensor, group: Group) -> Tensor:
-    whole = x.new_empty((x.size(0) * group.size, *x.shape[1:]))
-    all_gather_into(whole, x.contiguous(), group=group.handle)
+    whole, gathering = start_gather_sequence(x, group)
+    gathering.wait()
     return whole
 
 
 def _reduce_scatter_first(x: Tensor, group: Group) -> Tensor:
-    part = x.new_empty((shard_size(x.size(0), group, what="sequence length"), *x.shape[1:]))
-    reduce_scatter_into(part, x.contiguous(), group=group.handle)
+    part, reducing = start_reduce_scatter_sequence(x, group)
+    reducing.wait()
     return part
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -133,8 +134,6 @@ class StepProfiler:
 
 def _now() -> float:
     """Seconds, after everything that the GPU was given is done."""
-    import time
-
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter()
