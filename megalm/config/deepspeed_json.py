@@ -63,7 +63,7 @@ def deepspeed_json(config: Config, *, dp_size: int) -> dict[str, Any]:
         "train_batch_size": global_batch_size,
         "train_micro_batch_size_per_gpu": micro_batch_size,
         "gradient_accumulation_steps": global_batch_size // (micro_batch_size * dp_size),
-        "gradient_clipping": training.clip_grad,
+        "gradient_clipping": training.clip_grad if engine_clips(config) else 0.0,
         "steps_per_print": 1_000_000_000,
         "wall_clock_breakdown": False,
         # DeepSpeed's own measurement of speed stops the host at every micro-batch until the GPU has caught up.
@@ -77,7 +77,8 @@ def deepspeed_json(config: Config, *, dp_size: int) -> dict[str, Any]:
     if stage == 3:
         built["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = True
     if training.dtype == "bf16":
-        built["bf16"] = {"enabled": True}
+        # A gradient is added to its fp32 sum, and freed, as soon as it is computed.
+        built["bf16"] = {"enabled": True, "immediate_grad_update": True}
         built["data_types"] = {"grad_accum_dtype": "fp32"}
     if training.dtype == "fp16":
         built["fp16"] = {
@@ -94,6 +95,12 @@ def deepspeed_json(config: Config, *, dp_size: int) -> dict[str, Any]:
 def effective_zero_stage(config: Config) -> int:
     """The ZeRO stage that the engine runs: the one asked for, but at least 1 in 16 bits (see `deepspeed_json`)."""
     return config.parallel.zero_stage if config.training.dtype == "fp32" else max(config.parallel.zero_stage, 1)
+
+
+def engine_clips(config: Config) -> bool:
+    """Whether DeepSpeed clips gradients: in fp16 and with shards of ZeRO. Elsewhere `train.optimizer.AdamW` does."""
+    stage, dtype = effective_zero_stage(config), config.training.dtype
+    return not (dtype == "fp32" and stage == 0 or dtype == "bf16" and stage == 1)
 
 
 def load_deepspeed_file(path: str, settings: Settings) -> None:

@@ -25,7 +25,7 @@ from megalm.kernels.bias_gelu.gated import torch_glu
 from megalm.kernels.cross_entropy.torch_rows import TorchRows
 from megalm.kernels.dropout_add.oracle import bias_dropout_add
 from megalm.kernels.layer_norm import apex_norm, oracle, torch_native
-from megalm.kernels.layer_norm.protocol import AddLayerNormKernel
+from megalm.kernels.layer_norm.protocol import AddLayerNormKernel, LayerNormAndPassKernel
 from megalm.kernels.linear import fp8, onednn
 from megalm.kernels.linear.torch_native import TorchLinear
 from megalm.kernels.triton_support import triton_missing
@@ -188,6 +188,15 @@ def choose_add_layer_norm(layer_norm: str) -> AddLayerNormKernel | None:
     from megalm.kernels.layer_norm.triton_norm import add_layer_norm
 
     return add_layer_norm
+
+
+def choose_layer_norm_and_pass(layer_norm: str) -> LayerNormAndPassKernel | None:
+    """The LayerNorm beside a residual stream that belongs to a LayerNorm implementation; None where there is none."""
+    if layer_norm != "triton":
+        return None
+    from megalm.kernels.layer_norm.triton_norm import layer_norm_and_pass
+
+    return layer_norm_and_pass
 
 
 def _obstacle(candidate: _Candidate, device: torch.device, use: AttentionUse | None) -> str | None:

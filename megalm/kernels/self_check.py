@@ -71,7 +71,7 @@ def _attention(kernel: Any, draw: Draw, use: AttentionUse | None) -> list[tuple[
 
 
 def _layer_norm(kernel: Any, draw: Draw, use: AttentionUse | None) -> list[tuple[str, Tensor, Tensor]]:
-    from megalm.kernels.layer_norm.triton_norm import add_layer_norm
+    from megalm.kernels.layer_norm.triton_norm import add_layer_norm, layer_norm_and_pass
 
     h = 1024
     norm = (draw(67, h), draw(h), draw(h))
@@ -81,8 +81,12 @@ def _layer_norm(kernel: Any, draw: Draw, use: AttentionUse | None) -> list[tuple
         total = residual + (x + branch)
         return total, oracle.layer_norm(total, weight, bias, EPSILON)
 
+    def beside(x: Tensor, weight: Tensor, bias: Tensor) -> Results:
+        return oracle.layer_norm(x, weight, bias, EPSILON), x.clone()
+
     return [
         *_compared(partial(kernel, eps=EPSILON), partial(oracle.layer_norm, eps=EPSILON), norm, draw),
+        *_compared(partial(layer_norm_and_pass, eps=EPSILON), beside, norm, draw),
         *_compared(partial(add_layer_norm, eps=EPSILON), reference, added, draw),
     ]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -12,7 +13,7 @@ import torch
 from torch import nn
 
 from megalm.config.checks import check
-from megalm.config.deepspeed_json import deepspeed_json, effective_zero_stage
+from megalm.config.deepspeed_json import deepspeed_json, engine_clips
 from megalm.config.root import Config
 from megalm.config.show import dry_run_report, notes
 from megalm.data.batches import Batch
@@ -205,26 +206,29 @@ def _build_module(plan: Plan, topology: Topology, streams: RngStreams, console: 
         z_loss=config.training.z_loss_coeff,
     )
     if config.parallel.zero_stage >= 2:
-        return build_model(model_plan, seed=config.training.seed)
+        return build_model(model_plan, seed=config.training.seed, num_threads=_threads_to_draw(topology.device))
     pipeline = build_pipeline(
         model_plan,
         layout=topology.layout,
         partition=config.parallel.pipeline_partition,
         seed=config.training.seed,
+        num_threads=_threads_to_draw(topology.device),
     )
     for stage, layers in enumerate(pipeline.stages()):
         console.info(f"stage {stage}: layers {layers.start} to {layers.stop - 1}")
     return pipeline
 
 
+def _threads_to_draw(device: torch.device) -> int:
+    """Threads that draw initial weights: a GPU's share of the host's cores. On CPUs every core has a process."""
+    if device.type != "cuda":
+        return 1
+    return max(1, min(16, len(os.sched_getaffinity(0)) // torch.cuda.device_count()))
+
+
 def _build_engine(config: Config, module: nn.Module, topology: Topology) -> Engine:
-    """DeepSpeed clips where it keeps fp32 masters or shards; in plain fp32 `optimizer.AdamW` does."""
-    engine_clips = effective_zero_stage(config) > 0 or config.training.dtype != "fp32"
-    optimizer = build_optimizer(module, config.training, topology=topology, engine_clips=engine_clips)
-    settings = deepspeed_json(config, dp_size=topology.dp.size)
-    if not engine_clips:
-        settings["gradient_clipping"] = 0.0
-    return build_engine(module, optimizer, settings, topology)
+    optimizer = build_optimizer(module, config.training, topology=topology, engine_clips=engine_clips(config))
+    return build_engine(module, optimizer, deepspeed_json(config, dp_size=topology.dp.size), topology)
 
 
 def _open_datasets(plan: Plan, *, verifies: bool, log: Callable[[str], None]) -> Datasets:

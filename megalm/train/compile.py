@@ -116,6 +116,7 @@ def _keep_outside(block: ParallelTransformerLayer) -> None:
         for norm in (block.input_layernorm, block.post_attention_layernorm):
             _cut_at(norm, "forward")
             _cut_at(norm, "after_adding")
+            _cut_at(norm, "and_pass")
 
 
 def _cut_at(module: nn.Module, method: str) -> None:

@@ -15,6 +15,7 @@ from torch import nn
 from megalm.data.batches import Batch
 from megalm.topology.mpu import Mpu
 from megalm.topology.topology import Topology
+from megalm.train.optimizer import AdamW
 
 
 @dataclass(frozen=True)
@@ -135,6 +136,7 @@ def build_engine(
     """Wrap a PipelineModule, or a plain module of one stage, in the engine that fits it."""
     import deepspeed
     from deepspeed.pipe import PipelineModule
+    from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 
     _quieten_deepspeed()
     pipelined = isinstance(module, PipelineModule)
@@ -145,7 +147,30 @@ def build_engine(
         mpu=None if pipelined else Mpu(topology),
         dist_init_required=False,
     )
+    if isinstance(raw.optimizer, BF16_Optimizer):
+        _spare_passes_over_gradients(raw.optimizer, optimizer)
     return PipelineTrainingEngine(raw, topology) if pipelined else DataParallelTrainingEngine(raw, topology)
+
+
+def _spare_passes_over_gradients(owner: Any, optimizer: torch.optim.Optimizer) -> None:
+    """Have each bf16 gradient added to its fp32 sum in one kernel, and clipped in the update.
+
+    DeepSpeed 0.19 first casts the gradient to fp32 in memory: 18 bytes a parameter and micro-batch in place of 10.
+    """
+
+    def add(parameter: nn.Parameter, group: int, index: int, clear_lp_grads: bool) -> None:
+        if parameter.grad is None:
+            return
+        total = owner.fp32_groups_gradients[group][index]
+        total.add_(parameter.grad.reshape(total.shape))
+        parameter._hp_grad = total  # type: ignore[attr-defined]  # Where PipelineEngine finds tied gradients.
+        owner.fp32_groups_has_gradients[group][index] = True
+        if clear_lp_grads:
+            parameter.grad.zero_()
+
+    owner._update_hp_grad = add
+    if isinstance(optimizer, AdamW):
+        optimizer.norm_from_engine = lambda: owner._global_grad_norm
 
 
 def _quieten_deepspeed() -> None:

@@ -28,9 +28,10 @@ def parameter_groups(module: nn.Module, *, weight_decay: float) -> list[dict[str
 class AdamW(torch.optim.AdamW):
     """torch's AdamW whose step first measures the gradient norm of the whole model and clips to it.
 
-    DeepSpeed clips by itself wherever it owns fp32 masters (ZeRO, bf16, fp16). In plain fp32 its norm leaves out the
-    replicated parameters of all stages but the first and counts tied embeddings twice, so that layouts would clip
-    differently: there, this class does it. `_global_grad_norm` is the name under which the engine looks for the norm.
+    DeepSpeed clips by itself in fp16 and with ZeRO. In plain fp32 its norm leaves out the replicated parameters of all
+    stages but the first and counts tied embeddings twice, so that layouts would clip differently: there, this class
+    does it. In bf16 DeepSpeed measures, and this class clips in its update, which spares a pass over all gradients.
+    `_global_grad_norm` is the name under which the engine looks for the norm.
     """
 
     def __init__(
@@ -43,6 +44,8 @@ class AdamW(torch.optim.AdamW):
         self.grad_scale: torch.Tensor | None = None
         """What torch's fused update divides gradients by."""
         self.overflow = False
+        self.norm_from_engine: Callable[[], torch.Tensor] | None = None
+        """Where DeepSpeed has measured the norm before it calls `step`, and left out steps that are not finite."""
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> Any:
@@ -50,7 +53,7 @@ class AdamW(torch.optim.AdamW):
 
         Communicates: one all-reduce of a scalar over the model's ranks.
         """
-        norm = self._norm()
+        norm = self._norm() if self.norm_from_engine is None else self.norm_from_engine()
         self._global_grad_norm = norm.item()
         self.overflow = not torch.isfinite(norm).item()
         if self.overflow:
@@ -91,7 +94,7 @@ def _is_counted_here(parameter: nn.Parameter, topology: Topology) -> bool:
 def build_optimizer(
     module: nn.Module, training: TrainingConfig, *, topology: Topology, engine_clips: bool
 ) -> torch.optim.Optimizer:
-    """The optimizer that the engine wraps; `engine_clips` where DeepSpeed keeps fp32 masters and clips by itself."""
+    """The optimizer that the engine wraps; with `engine_clips` DeepSpeed clips by itself."""
     groups = parameter_groups(module, weight_decay=training.weight_decay)
     options: dict[str, Any] = {
         "lr": training.lr,

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from megalm.config.deepspeed_json import deepspeed_json, effective_zero_stage
+from megalm.config.deepspeed_json import deepspeed_json, engine_clips
 from megalm.config.model import ModelConfig
 from megalm.config.parallel import ParallelConfig
 from megalm.config.root import Config
@@ -59,11 +59,8 @@ class TinyRun:
             module: Any = build_model(plan, seed=1)
         else:
             module = build_pipeline(plan, layout=top.layout, partition=parallel.pipeline_partition, seed=1)
-        clips = effective_zero_stage(config) > 0 or config.training.dtype != "fp32"
-        optimizer = build_optimizer(module, config.training, topology=top, engine_clips=clips)
+        optimizer = build_optimizer(module, config.training, topology=top, engine_clips=engine_clips(config))
         settings = deepspeed_json(config, dp_size=top.dp.size)
-        if not clips:
-            settings["gradient_clipping"] = 0.0
         self.engine: Engine = build_engine(module, optimizer, settings, top)
 
     def train(self, first: int, last: int) -> list[str]:

@@ -25,3 +25,12 @@ class AddLayerNormKernel(Protocol):
     def __call__(
         self, x: Tensor, branch_bias: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float
     ) -> tuple[Tensor, Tensor]: ...
+
+
+class LayerNormAndPassKernel(Protocol):
+    """The LayerNorm of x, and x: what goes on along the residual stream, whose gradient backward adds as it goes.
+
+    Shapes: x [..., h], weight, bias [h] -> 2 of [..., h].
+    """
+
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]: ...

@@ -24,6 +24,8 @@ WIDEST_WITH_SUMS = 8192
 SUM_ROWS, SUM_COLUMNS, SUM_WARPS = 8, 256, 4
 RESIDENT = 2
 """Programs of backward on a multiprocessor: 128 registers a thread."""
+BACKWARD_STAGES = 2
+"""Tiles of backward on their way from memory while one is computed, itself included."""
 
 
 @jit
@@ -89,11 +91,14 @@ def _backward_kernel(
     dtotal_stride: tl.tensor,
     x_stride: tl.tensor,
     ADDS: tl.constexpr,
+    BRANCH: tl.constexpr,
     SUMS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
 ) -> None:
-    """With SUMS, partial [programs, 3, size] gets the sums of dy * normalised, of dy and, with ADDS, of dx."""
+    """With ADDS, dx has dtotal added. With SUMS, partial [programs, 3, size] gets the sums of dy * normalised, of dy
+    and, with BRANCH, of dx."""
     columns = tl.arange(0, BLOCK)
     present = columns < size
     w = tl.load(weight + columns, mask=present, other=0.0).to(tl.float32)[None, :]
@@ -103,7 +108,7 @@ def _backward_kernel(
         branch_sum = tl.zeros([ROWS, BLOCK], tl.float32)
     first = tl.program_id(0) * ROWS
     step = tl.num_programs(0) * ROWS
-    for turn in tl.range(0, tl.cdiv(num_rows - first, step)):
+    for turn in tl.range(0, tl.cdiv(num_rows - first, step), num_stages=STAGES):
         rows = first + turn * step + tl.arange(0, ROWS)
         inside = (rows < num_rows)[:, None] & present[None, :]
         wide_rows = rows.to(tl.int64)[:, None]
@@ -122,14 +127,14 @@ def _backward_kernel(
         if ADDS:
             passed = wide_rows * dtotal_stride + columns[None, :]
             result += tl.load(dtotal + passed, mask=inside, other=0.0).to(tl.float32)
-            if SUMS:
-                branch_sum += tl.where(inside, result, 0.0)
+        if SUMS and BRANCH:
+            branch_sum += tl.where(inside, result, 0.0)
         tl.store(dx + wide_rows * size + columns[None, :], result.to(dx.dtype.element_ty), mask=inside)
     if SUMS:
         sums = partial + tl.program_id(0) * 3 * size + columns
         tl.store(sums, tl.sum(weight_sum, axis=0), mask=present)
         tl.store(sums + size, tl.sum(bias_sum, axis=0), mask=present)
-        if ADDS:
+        if BRANCH:
             tl.store(sums + 2 * size, tl.sum(branch_sum, axis=0), mask=present)
 
 
@@ -145,7 +150,7 @@ def _sums_kernel(
     size: tl.tensor,
     dy_stride: tl.tensor,
     x_stride: tl.tensor,
-    ADDS: tl.constexpr,
+    BRANCH: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ) -> None:
@@ -167,12 +172,12 @@ def _sums_kernel(
         scale = tl.load(scales + rows, mask=rows < num_rows, other=0.0)[:, None]
         weight_sum += gradient * (values - mean) * scale
         bias_sum += gradient
-        if ADDS:
+        if BRANCH:
             branch_sum += tl.load(dx + wide_rows * size + columns[None, :], mask=inside, other=0.0).to(tl.float32)
     sums = partial + tl.program_id(0) * 3 * size + columns
     tl.store(sums, tl.sum(weight_sum, axis=0), mask=present)
     tl.store(sums + size, tl.sum(bias_sum, axis=0), mask=present)
-    if ADDS:
+    if BRANCH:
         tl.store(sums + 2 * size, tl.sum(branch_sum, axis=0), mask=present)
 
 
@@ -219,12 +224,13 @@ def _empty_results(
 @torch.library.custom_op(
     "megalm::layer_norm_backward",
     mutates_args=(),
-    schema="(Tensor dy, Tensor? dtotal, Tensor x, Tensor weight, Tensor mean, Tensor scale) -> (Tensor, Tensor)",
+    schema="(Tensor dy, Tensor? dtotal, Tensor x, Tensor weight, Tensor mean, Tensor scale, bool branch) "
+    "-> (Tensor, Tensor)",
 )
 def _backward(
-    dy: Tensor, dtotal: Tensor | None, x: Tensor, weight: Tensor, mean: Tensor, scale: Tensor
+    dy: Tensor, dtotal: Tensor | None, x: Tensor, weight: Tensor, mean: Tensor, scale: Tensor, branch: bool
 ) -> tuple[Tensor, Tensor]:
-    """dx, and the gradients of weight, bias and branch bias as [3, h] fp32.
+    """dx, to which dtotal is added, and the gradients of weight, bias and, if asked for, branch bias as [3, h] fp32.
 
     In rows wider than 8,192 the branch bias's is the sum of dx as it was rounded.
     """
@@ -240,20 +246,21 @@ def _backward(
     _backward_kernel[(programs,)](
         gradients, added, values, weight, mean, scale, dx, partial,
         values.size(0), size, gradients.stride(0), added.stride(0), values.stride(0),
-        ADDS=dtotal is not None, SUMS=sums, ROWS=tile_rows, BLOCK=block, num_warps=num_warps,
+        ADDS=dtotal is not None, BRANCH=branch, SUMS=sums, ROWS=tile_rows, BLOCK=block, STAGES=BACKWARD_STAGES,
+        num_warps=num_warps,
     )  # fmt: skip
     if not sums:
         _sums_kernel[(programs, ceil_div(size, SUM_COLUMNS))](
             gradients, dx, values, mean, scale, partial,
             values.size(0), size, gradients.stride(0), values.stride(0),
-            ADDS=dtotal is not None, ROWS=SUM_ROWS, COLUMNS=SUM_COLUMNS, num_warps=SUM_WARPS,
+            BRANCH=branch, ROWS=SUM_ROWS, COLUMNS=SUM_COLUMNS, num_warps=SUM_WARPS,
         )  # fmt: skip
     return dx, partial.sum(dim=0)
 
 
 @_backward.register_fake
 def _(
-    dy: Tensor, dtotal: Tensor | None, x: Tensor, weight: Tensor, mean: Tensor, scale: Tensor
+    dy: Tensor, dtotal: Tensor | None, x: Tensor, weight: Tensor, mean: Tensor, scale: Tensor, branch: bool
 ) -> tuple[Tensor, Tensor]:
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
     return dx, x.new_empty((3, x.size(-1)), dtype=torch.float32)
@@ -269,7 +276,8 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 def _differentiate(ctx: Any, dy: Tensor, dtotal: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     x, weight, mean, scale = ctx.saved_tensors
-    dx, sums = torch.ops.megalm.layer_norm_backward(dy, dtotal if ctx.adds else None, x, weight, mean, scale)
+    added, branch = (dtotal if ctx.adds else None), ctx.branch_dtype is not None
+    dx, sums = torch.ops.megalm.layer_norm_backward(dy, added, x, weight, mean, scale, branch)
     dweight, dbias, dbranch = sums.unbind(0)
     return (
         dx,
@@ -306,6 +314,36 @@ def add_layer_norm(
     _refuse_wide(x)
     y, total, *_ = torch.ops.megalm.layer_norm(x, residual, branch_bias, weight, bias, eps)
     return total, y
+
+
+class _NormAndPass(torch.autograd.Function):
+    """y and x itself, so that one kernel of backward adds the gradients that come along both ways."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        y, _, mean, scale = torch.ops.megalm.layer_norm(x, None, None, weight, bias, eps)
+        ctx.bias_dtype = bias.dtype
+        ctx.save_for_backward(x, weight, mean, scale)
+        return y, x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        dy, passed = gradients
+        x, weight, mean, scale = ctx.saved_tensors
+        dx, sums = torch.ops.megalm.layer_norm_backward(dy, passed, x, weight, mean, scale, False)
+        return dx, sums[0].to(weight.dtype), sums[1].to(ctx.bias_dtype), None
+
+
+def layer_norm_and_pass(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """`layer_norm` and `x` as it came, for a residual stream that goes on beside it: backward adds both gradients of
+    `x` in fp32 in the pass that it takes anyway, and rounds the sum once.
+
+    Shapes: x [..., h], weight [h], bias [h] -> 2 of [..., h].
+    Raises: ValueError for a row wider than 32,768.
+    """
+    _refuse_wide(x)
+    y, passed = _NormAndPass.apply(x, weight, bias, eps)
+    return y, passed
 
 
 def _refuse_wide(x: Tensor) -> None:

@@ -11,7 +11,7 @@ from megalm.kernels.bias_gelu.protocol import BiasGeluKernel
 from megalm.kernels.cross_entropy.protocol import VocabularyRows
 from megalm.kernels.dropout_add.oracle import bias_dropout_add
 from megalm.kernels.dropout_add.protocol import BiasDropoutAddKernel
-from megalm.kernels.layer_norm.protocol import AddLayerNormKernel, LayerNormKernel
+from megalm.kernels.layer_norm.protocol import AddLayerNormKernel, LayerNormAndPassKernel, LayerNormKernel
 from megalm.kernels.linear.protocol import LinearKernel
 from megalm.parallel.random import RngStreams
 from megalm.topology.group import SOLO, Group
@@ -55,6 +55,8 @@ class Kernels:
     dropout_add: BiasDropoutAddKernel = bias_dropout_add
     add_layer_norm: AddLayerNormKernel | None = None
     """The addition to the residual stream and the LayerNorm after it in one; None takes them one by one."""
+    layer_norm_and_pass: LayerNormAndPassKernel | None = None
+    """The LayerNorm beside the residual stream whose backward adds both gradients; None leaves that to autograd."""
     head: VocabularyRows | None = None
     """Fuses the head with the loss; None computes the logits of all tokens first."""
 

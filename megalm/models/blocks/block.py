@@ -39,7 +39,8 @@ class ParallelTransformerLayer(nn.Module):
         return self._compute(x, mask)
 
     def _compute(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        attended = self.self_attention(self.input_layernorm(x), mask)
+        normed, x = self.input_layernorm.and_pass(x)
+        attended = self.self_attention(normed, mask)
         x, normed = self._add_and_normalise(attended, self.self_attention.dense.added_bias(), x)
         widened = self.mlp(normed)
         return self._add(widened, self.mlp.dense_4h_to_h.added_bias(), x)

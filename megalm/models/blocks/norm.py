@@ -20,6 +20,7 @@ class LayerNorm(MixedFusedLayerNorm):
     def __init__(self, hidden_size: int, *, epsilon: float, kernels: Kernels, spread: Spread) -> None:
         super().__init__(hidden_size, eps=epsilon, implementation=kernels.layer_norm)
         self.fused_with_addition = kernels.add_layer_norm
+        self.beside_residual = kernels.layer_norm_and_pass
         self.spread = spread
         mark_replicated(self.weight)
         mark_replicated(self.bias)
@@ -27,6 +28,13 @@ class LayerNorm(MixedFusedLayerNorm):
     def forward(self, x: Tensor) -> Tensor:
         weight, bias = self._parameters_with_whole_gradients()
         return self.implementation(x, weight, bias, self.eps)
+
+    def and_pass(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The normalisation of x, and x for the residual stream that goes on beside it."""
+        if self.beside_residual is None:
+            return self(x), x
+        weight, bias = self._parameters_with_whole_gradients()
+        return self.beside_residual(x, weight, bias, self.eps)
 
     def after_adding(self, x: Tensor, branch_bias: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         """residual + (x + branch_bias), and its normalisation. Needs kernels that fuse the two."""

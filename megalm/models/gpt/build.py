@@ -8,7 +8,7 @@ import torch
 
 from megalm.config.model import ModelConfig
 from megalm.kernels.attention.suitability import AttentionUse
-from megalm.kernels.backend import Choice, choose, choose_add_layer_norm
+from megalm.kernels.backend import Choice, choose, choose_add_layer_norm, choose_layer_norm_and_pass
 from megalm.kernels.bias_gelu.eager import bias_gelu_erf
 from megalm.kernels.linear.torch_native import TorchLinear
 from megalm.models.blocks.arrangement import Kernels, Spread
@@ -66,6 +66,7 @@ def choose_kernels(
         choices["bias_gelu"] = choose("bias_gelu", bias_gelu, device)
     chosen = {name: choice.implementation for name, choice in choices.items()}
     chosen["add_layer_norm"] = choose_add_layer_norm(choices["layer_norm"].name)
+    chosen["layer_norm_and_pass"] = choose_layer_norm_and_pass(choices["layer_norm"].name)
     head_linear = TorchLinear() if choices["linear"].name.startswith("fp8") else choices["linear"].implementation
     return Kernels(**chosen, head_linear=head_linear), choices
 
@@ -88,7 +89,7 @@ def plan_gpt(
     return GPTPlan(gpt_shape(model, seq_length=seq_length), kernels, spread or Spread(), documents, z_loss)
 
 
-def build_model(plan: GPTPlan, *, seed: int) -> GPT:
+def build_model(plan: GPTPlan, *, seed: int, num_threads: int = 1) -> GPT:
     """A single-stage model with its initial weights, in fp32 on the CPU."""
     module = GPT(plan)
     initialise(
@@ -96,11 +97,12 @@ def build_model(plan: GPTPlan, *, seed: int) -> GPT:
         seed=seed,
         tp=plan.spread.tp,
         rule=lambda name: initial_rule(plan.shape, name),
+        num_threads=num_threads,
     )
     return module
 
 
-def build_pipeline(plan: GPTPlan, *, layout: Layout, partition: str, seed: int) -> GPTPipeline:
+def build_pipeline(plan: GPTPlan, *, layout: Layout, partition: str, seed: int, num_threads: int = 1) -> GPTPipeline:
     """This rank's stage with its initial weights, in fp32 on DeepSpeed's device. Needs torch.distributed.
 
     Tied copies start equal because a weight's values depend on its name alone.
@@ -113,5 +115,6 @@ def build_pipeline(plan: GPTPlan, *, layout: Layout, partition: str, seed: int) 
         seed=seed,
         tp=plan.spread.tp,
         rule=lambda name: initial_rule(plan.shape, name),
+        num_threads=num_threads,
     )
     return module

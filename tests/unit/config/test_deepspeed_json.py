@@ -30,7 +30,7 @@ def test_batch_is_the_final_global_batch() -> None:
 @pytest.mark.parametrize("stage, expected", [(0, 1), (1, 1), (2, 2), (3, 3)])
 def test_bf16_keeps_fp32_masters_and_gradients(stage: int, expected: int) -> None:
     built = deepspeed_json(smallest("--bf16", "--zero-stage", str(stage)), dp_size=1)
-    assert built["bf16"] == {"enabled": True}
+    assert built["bf16"] == {"enabled": True, "immediate_grad_update": True}
     assert built["data_types"] == {"grad_accum_dtype": "fp32"}
     assert built["zero_optimization"]["stage"] == expected
 

@@ -81,6 +81,8 @@ def test_auto_takes_triton_on_a_gpu(operation: str, monkeypatch: pytest.MonkeyPa
 def test_only_tritons_layer_norm_brings_the_addition_along() -> None:
     assert backend.choose_add_layer_norm("torch") is None
     assert INSTALLED is False or backend.choose_add_layer_norm("triton") is not None
+    assert backend.choose_layer_norm_and_pass("torch") is None
+    assert INSTALLED is False or backend.choose_layer_norm_and_pass("triton") is not None
 
 
 def test_apex_by_name_is_refused_where_it_is_not() -> None:

@@ -66,9 +66,9 @@ def launches() -> Iterator[Launch]:
         for adds in (False, True):
             constants = {"ADDS": adds, "ROWS": rows, "BLOCK": block}
             yield Launch(f"norm {width}, adds {adds}", norm._forward_kernel, constants, warps)
-            constants["SUMS"] = block <= norm.WIDEST_WITH_SUMS
+            constants |= {"BRANCH": adds, "SUMS": block <= norm.WIDEST_WITH_SUMS, "STAGES": norm.BACKWARD_STAGES}
             yield Launch(f"norm backward {width}, adds {adds}", norm._backward_kernel, constants, warps)
-    constants = {"ADDS": True, "ROWS": norm.SUM_ROWS, "COLUMNS": norm.SUM_COLUMNS}
+    constants = {"BRANCH": True, "ROWS": norm.SUM_ROWS, "COLUMNS": norm.SUM_COLUMNS}
     yield Launch("norm sums", norm._sums_kernel, constants, norm.SUM_WARPS)
     tile = {"ROWS": activation.ROWS, "COLUMNS": activation.COLUMNS}
     for name in activation.ACTIVATIONS:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megalm.kernels.layer_norm import apex_norm, oracle, triton_norm
-from megalm.kernels.layer_norm.triton_norm import add_layer_norm, layer_norm
+from megalm.kernels.layer_norm.triton_norm import add_layer_norm, layer_norm, layer_norm_and_pass
 
 EPS = 1e-5
 
@@ -60,6 +60,28 @@ def test_layer_norm_rounds_once_forward_and_backward(
     for parameter, reference in zip((weight, bias), exact[1:], strict=True):
         assert parameter.grad.dtype == weight_dtype
         assert_rounded_once(parameter.grad, reference.grad, terms=rows)
+
+
+@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_layer_norm_beside_a_residual_adds_both_gradients_and_rounds_once(
+    dtype: torch.dtype, wide: bool, monkeypatch: pytest.MonkeyPatch, triton_device: torch.device
+) -> None:
+    if wide:  # as rows of more than 8,192 are
+        monkeypatch.setattr(triton_norm, "WIDEST_WITH_SUMS", 16)
+        monkeypatch.setattr(triton_norm, "SUM_COLUMNS", 32)
+    x, _, _, weight, bias = example(37, 72, dtype, torch.float32, triton_device)
+    exact = [t.detach().double().requires_grad_() for t in (x, weight, bias)]
+    normed, passed = layer_norm_and_pass(x, weight, bias, EPS)
+    assert torch.equal(passed, x)
+    expected = oracle.layer_norm(*exact, EPS)
+    incoming = [upstream(normed), upstream(passed, seed=2)]
+    torch.autograd.backward([normed, passed], incoming)
+    torch.autograd.backward([expected, exact[0]], [gradient.double() for gradient in incoming])
+    assert_rounded_once(normed, expected)
+    assert_rounded_once(x.grad, exact[0].grad, terms=2)
+    for parameter, reference in zip((weight, bias), exact[1:], strict=True):
+        assert_rounded_once(parameter.grad, reference.grad, terms=37)
 
 
 @pytest.mark.parametrize("wide", [False, True])

@@ -13,7 +13,7 @@ from megalm.topology.group import SOLO, Group
 
 
 def _filled(
-    shape: tuple[int, ...], *, dim: int | None, tp: Group = SOLO, name: str = "w", seed: int = 1
+    shape: tuple[int, ...], *, dim: int | None, tp: Group = SOLO, name: str = "w", seed: int = 1, num_threads: int = 1
 ) -> torch.Tensor:
     local = [size // tp.size if axis == dim else size for axis, size in enumerate(shape)]
     parameter = nn.Parameter(torch.empty(local))
@@ -22,7 +22,7 @@ def _filled(
     def rule(_: str) -> Rule:
         return Normal(0.5)
 
-    initialise([(name, parameter)], seed=seed, tp=tp, rule=rule)
+    initialise([(name, parameter)], seed=seed, tp=tp, rule=rule, num_threads=num_threads)
     return parameter.detach()
 
 
@@ -66,6 +66,10 @@ def test_low_precision_weights_are_the_rounded_fp32_draw() -> None:
     parameter = mark_replicated(nn.Parameter(torch.empty(48, 24, dtype=torch.bfloat16)))
     initialise([("w", parameter)], seed=1, tp=SOLO, rule=lambda _: Normal(0.5))
     assert torch.equal(parameter, _filled((48, 24), dim=None).bfloat16())
+
+
+def test_threads_draw_the_same_values() -> None:
+    assert torch.equal(_filled((480, 24), dim=None, num_threads=4), _filled((480, 24), dim=None))
 
 
 def test_default_generator_is_left_alone() -> None:
