@@ -114,7 +114,7 @@ def _common_flags(options: argparse.Namespace, folder: Path) -> list[str]:
     iterations = options.warmup_steps + options.steps
     vocab_size = "4096" if options.model == "bloom-quickstart" else "250680" if "bloom" in options.model else "50257"
     return ["--tokenizer-type", "NullTokenizer", "--vocab-size", vocab_size, "--data-path", str(folder / "random"),
-            "--train-iters", str(iterations), "--lr-warmup-iters", "2", "--eval-interval", "0", "--split", "100,0,0",
+            "--train-iters", str(iterations), "--lr-warmup-iters", "1", "--eval-interval", "0", "--split", "100,0,0",
             "--log-interval", "1000000"]  # fmt: skip
 
 

@@ -20,7 +20,6 @@ import contextlib
 import dataclasses
 import itertools
 import math
-import statistics
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -32,11 +31,11 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from benchmarks.kernel_cases.comparison import milliseconds
 
 B, H, S = 4, 16, 2048
-FLUSHED_BYTES = 256 << 20
 
 
 @dataclass(frozen=True)
@@ -108,31 +107,13 @@ def _plain_sdpa(q: Tensor, k: Tensor, v: Tensor, backend: SDPBackend) -> Tensor:
         return scaled_dot_product_attention(q, k, v, is_causal=True)
 
 
-def milliseconds(run: Callable[[], Any], *, rounds: int = 20) -> float:
-    """The median time on the GPU, with a cold L2 cache."""
-    flush = torch.empty(FLUSHED_BYTES, dtype=torch.int8, device="cuda")
-    for _ in range(3):
-        run()
-    times = []
-    for _ in range(rounds):
-        flush.zero_()
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda._sleep(200_000)  # The host is ahead when the clock starts, so that launches cost nothing.
-        start.record()
-        run()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end))
-    return statistics.median(times)
-
-
 def table(device: torch.device) -> None:
     """Print every case; one that fails says why."""
     print(f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}, bf16, forward + backward")
     print("| shape | side | ms | forward ms | TFLOP/s |\n|---|---|---|---|---|")
     for case in attention_cases(device):
         try:
-            both, forward = milliseconds(case.forward_and_backward), milliseconds(case.forward)
+            both, forward = (milliseconds(run, device, rounds=20) for run in (case.forward_and_backward, case.forward))
         except Exception as failure:  # A peer that is absent or refuses must not end the table.
             print(f"| {case.shape} | {case.side} | {type(failure).__name__}: {str(failure)[:80]} | | |", flush=True)
             continue
@@ -147,9 +128,9 @@ def tune(device: torch.device) -> None:
 
     shipped = triton_launch.cut_for
     choices = {
-        "forward": ((128,), (64, 128), (4, 8), (2, 3)),
-        "query_gradient": ((64, 128), (64, 128), (4, 8), (1, 2, 3)),
-        "key_value_gradient": ((32, 64, 128), (64, 128), (4, 8), (2, 3)),
+        "forward": ((64, 128), (32, 64, 128), (4, 8), (2, 3, 4)),
+        "query_gradient": ((64,), (32, 64), (4, 8), (2, 3, 4)),
+        "key_value_gradient": ((16, 32, 64), (64, 128), (4, 8), (1, 2, 3, 4)),
     }
     for d in (128, 64):
         case = next(_cases_of(d, device))
@@ -162,7 +143,7 @@ def tune(device: torch.device) -> None:
             for cut in cuts:
                 triton_launch.cut_for = lambda *_, cut=cut, **__: cut  # type: ignore[assignment]
                 try:
-                    figure = f"{milliseconds(case.forward_and_backward, rounds=10):.3f} ms"
+                    figure = f"{milliseconds(case.forward_and_backward, device, rounds=10):.3f} ms"
                 except Exception as failure:  # Too much shared memory, mostly.
                     figure = f"{type(failure).__name__}: {str(failure)[:60]}"
                 print(f"d{d} {kernel} {getattr(cut, kernel)}: {figure}", flush=True)

@@ -24,6 +24,7 @@ from megalm.kernels.bias_gelu import eager, jit
 from megalm.kernels.bias_gelu.gated import torch_glu
 from megalm.kernels.cross_entropy.torch_rows import TorchRows
 from megalm.kernels.dropout_add.oracle import bias_dropout_add
+from megalm.kernels.gradient_sum.oracle import TorchGradientSum
 from megalm.kernels.layer_norm import apex_norm, oracle, torch_native
 from megalm.kernels.layer_norm.protocol import AddLayerNormKernel, LayerNormAndPassKernel
 from megalm.kernels.linear import fp8, onednn
@@ -105,6 +106,12 @@ def _triton_rows() -> Any:
     return TritonRows()
 
 
+def _triton_gradient_sum() -> Any:
+    from megalm.kernels.gradient_sum.triton_sum import TritonGradientSum
+
+    return TritonGradientSum()
+
+
 _CANDIDATES: dict[str, dict[str, _Candidate]] = {
     "attention": {
         "baddbmm": _Candidate(BaddbmmAttention, _no_obstacle),
@@ -137,6 +144,10 @@ _CANDIDATES: dict[str, dict[str, _Candidate]] = {
         "chunked": _Candidate(TorchRows, _no_obstacle),
         "triton": _Candidate(_triton_rows, _triton_obstacle),
     },
+    "gradient_sum": {
+        "torch": _Candidate(TorchGradientSum, _no_obstacle),
+        "triton": _Candidate(_triton_gradient_sum, _triton_obstacle),
+    },
     "linear": {
         "torch": _Candidate(TorchLinear, _no_obstacle),
         "onednn": _Candidate(onednn.OneDnnLinear, onednn.obstacle),
@@ -147,7 +158,14 @@ _CANDIDATES: dict[str, dict[str, _Candidate]] = {
 
 
 COMPILED_HERE = {
-    "triton": {"attention": "sdpa", "layer_norm": "torch", "bias_gelu": "torch", "glu": "torch", "head": "chunked"},
+    "triton": {
+        "attention": "sdpa",
+        "layer_norm": "torch",
+        "bias_gelu": "torch",
+        "glu": "torch",
+        "head": "chunked",
+        "gradient_sum": "torch",
+    },
     "flex": {"attention": "sdpa"},
 }
 """Implementations that `auto` takes only if they pass `self_check`, and what it takes in their place."""
@@ -225,6 +243,10 @@ def _preference(operation: str, device: torch.device, use: AttentionUse | None) 
         if on_gpu:
             return "triton", "one pass each way, with the addition before it and the weight gradients inside"
         return "torch", "torch's kernel keeps fp32 statistics and is faster than separate operations"
+    if operation == "gradient_sum":
+        if on_gpu:
+            return "triton", "16-bit gradients are added to fp32 sums in one pass, embeddings row by row"
+        return "torch", "torch's own additions"
     if operation == "dropout_add":
         return "torch", "without dropout there is nothing to fuse; torch.compile fuses what there is with it"
     if on_gpu:

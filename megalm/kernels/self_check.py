@@ -19,6 +19,7 @@ from megalm.kernels.attention.suitability import AttentionUse
 from megalm.kernels.bias_gelu.eager import bias_gelu
 from megalm.kernels.bias_gelu.gated import torch_glu
 from megalm.kernels.cross_entropy.torch_rows import TorchRows
+from megalm.kernels.gradient_sum.oracle import TorchGradientSum
 from megalm.kernels.layer_norm import oracle
 
 BOUND = 0.05
@@ -106,9 +107,21 @@ def _head(kernel: Any, draw: Draw, use: AttentionUse | None) -> list[tuple[str, 
     found = []
     for rows, values in ((kernel, logits.clone()), (TorchRows(), logits.float())):
         peak, total = rows.statistics(values)
-        log_sum = rows.log_sum_and_gradient_(values, labels, weights, z_loss=1e-4)
+        log_sum, factors = rows.log_sum_and_gradient_(values, labels, weights, z_loss=1e-4)
+        if factors is not None:
+            values = values.float() * factors.unsqueeze(-1)
         found.append((peak, total, log_sum, values))
     return [(f"part {at}", got, wanted) for at, (got, wanted) in enumerate(zip(*found, strict=True))]
+
+
+def _gradient_sum(kernel: Any, draw: Draw, use: AttentionUse | None) -> list[tuple[str, Tensor, Tensor]]:
+    rows, gradient = draw(40, 512), draw(60, 512)
+    ids = (torch.arange(40) * 7 % 13 - 1).to(rows.device)
+    ours, theirs = (torch.ones(60, 512, device=rows.device) for _ in range(2))
+    for one, total in ((kernel, ours), (TorchGradientSum(), theirs)):
+        one.add_(total.view(-1), gradient, factor=torch.full((), 0.25, device=rows.device))
+        one.add_rows_(total, ids, rows)
+    return [("sum", ours, theirs)]
 
 
 _CHECKS: dict[str, Check] = {
@@ -117,6 +130,7 @@ _CHECKS: dict[str, Check] = {
     "bias_gelu": _bias_gelu,
     "glu": _glu,
     "head": _head,
+    "gradient_sum": _gradient_sum,
 }
 
 

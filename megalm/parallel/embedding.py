@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megalm.parallel.collectives import reduce_from, reduce_scatter_sequence
+from megalm.parallel.gradient_sum import lookup, mark_adding
 from megalm.parallel.shard import mark_sharded, shard_size
 from megalm.topology.group import Group
 
@@ -26,13 +26,13 @@ class VocabParallelEmbedding(nn.Module):
         self.tp = tp
         self.sequence_parallel = sequence_parallel
         self.num_embeddings = num_embeddings
-        self.weight = mark_sharded(nn.Parameter(torch.empty(local, size)), dim=0)
+        self.weight = mark_adding(mark_sharded(nn.Parameter(torch.empty(local, size)), dim=0))
 
     def forward(self, ids: Tensor) -> Tensor:
         if self.tp.size == 1:
-            return F.embedding(ids, self.weight)
+            return lookup(ids, self.weight)
         local, elsewhere = local_ids(ids, self.num_embeddings, tp=self.tp)
-        x = F.embedding(local, self.weight).masked_fill(elsewhere.unsqueeze(-1), 0.0)
+        x = lookup(local, self.weight, present=~elsewhere).masked_fill(elsewhere.unsqueeze(-1), 0.0)
         return reduce_scatter_sequence(x, self.tp) if self.sequence_parallel else reduce_from(x, self.tp)
 
 

@@ -17,6 +17,7 @@ from megalm.kernels.cross_entropy.protocol import VocabularyRows
 from megalm.kernels.linear.protocol import LinearKernel
 from megalm.parallel.collectives import all_gather_into
 from megalm.parallel.embedding import local_ids
+from megalm.parallel.gradient_sum import gradient_sum_of
 from megalm.topology.group import Group
 
 # Of logits and their temporaries. On a GPU 2,048 tokens of BLOOM's vocabulary, which is 980 MiB: products of that many
@@ -43,6 +44,8 @@ def head_cross_entropy(
 
     Gradients are computed in forward, once, so that backward can run once. fp16 is the exception: its gradients need
     the loss scale that only backward knows, so backward computes the logits again.
+
+    The weight's gradient goes to its `GradientSum`, if it has one; autograd then gets none.
 
     x's gradient is this rank's part of a sum over tp: enter through `copy_to` or `gather_sequence`. Where several
     chunks add up to the weight's gradient, they add up in fp32 if that fits into chunk_bytes too, otherwise in the
@@ -92,7 +95,7 @@ class _HeadCrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, labels: Tensor, weights: Tensor, task: _Task, differentiates: bool
     ) -> Tensor:
-        ctx.task, ctx.gradients = task, None
+        ctx.task, ctx.gradients, ctx.total = task, None, gradient_sum_of(weight)
         recomputes = x.dtype == torch.float16
         gradients = _Gradients(x, weight, task) if differentiates and not recomputes else None
         losses, log_sums = _chunks(x, weight, labels, weights, task, gradients)
@@ -114,8 +117,11 @@ class _HeadCrossEntropy(torch.autograd.Function):
             _chunks(x, weight, labels, weights * upstream, ctx.task, gradients, log_sums)
             return gradients.x, gradients.weight.to(weight.dtype), None, None, None, None
         ctx.gradients = None
-        for gradient in (gradients.x, gradients.weight):
-            ctx.task.rows.scale_(gradient, upstream)
+        ctx.task.rows.scale_(gradients.x, upstream)
+        if ctx.total is not None:
+            ctx.total.add(gradients.weight, factor=upstream)
+            return gradients.x, None, None, None, None, None
+        ctx.task.rows.scale_(gradients.weight, upstream)
         return gradients.x, gradients.weight.to(gradients.x.dtype), None, None, None, None
 
 
@@ -132,20 +138,25 @@ class _Gradients:
         else:
             self.weight = torch.empty_like(weight)  # The first chunk fills it.
 
-    def add(self, start: int, stop: int, logit_gradient: Tensor, x: Tensor, weight: Tensor) -> None:
-        """One chunk: logit_gradient [c, v/t], x [c, h]."""
+    def add(
+        self, start: int, stop: int, logit_gradient: Tensor, x: Tensor, weight: Tensor, factors: Tensor | None
+    ) -> None:
+        """One chunk: logit_gradient [c, v/t], each row over its factor [c] if there are any, x [c, h]."""
+        scaled = x if factors is None else (x * factors.unsqueeze(-1)).to(x.dtype)
         if not self._in_place:
             self.x[start:stop] = self._kernel.input_gradient(logit_gradient, weight)
-            product = self._kernel.weight_gradient(logit_gradient, x)
+            product = self._kernel.weight_gradient(logit_gradient, scaled)
             self.weight = product if start == 0 and product.dtype == self.weight.dtype else self.weight.add_(product)
-            return
-        torch.mm(logit_gradient, weight, out=self.x[start:stop])
-        if self.weight.dtype != x.dtype:
-            self.weight.add_(torch.mm(logit_gradient.t(), x))
-        elif start == 0:
-            torch.mm(logit_gradient.t(), x, out=self.weight)
         else:
-            self.weight.addmm_(logit_gradient.t(), x)
+            torch.mm(logit_gradient, weight, out=self.x[start:stop])
+            if self.weight.dtype != x.dtype:
+                self.weight.add_(torch.mm(logit_gradient.t(), scaled))
+            elif start == 0:
+                torch.mm(logit_gradient.t(), scaled, out=self.weight)
+            else:
+                self.weight.addmm_(logit_gradient.t(), scaled)
+        if factors is not None:
+            self.x[start:stop].mul_(factors.unsqueeze(-1))
 
 
 def _sums_in_fp32(x: Tensor, weight: Tensor, task: _Task) -> bool:
@@ -190,9 +201,11 @@ def _chunks(
         else:
             logits = task.kernel.output(x[part], weight, None)
         target = logits.gather(-1, local[part].unsqueeze(-1)).squeeze(-1).to(weights.dtype)
-        target = target.masked_fill_(elsewhere[part], 0.0)
+        target, factors = target.masked_fill_(elsewhere[part], 0.0), None
         if known is None and gradients is not None and task.tp.size == 1:
-            log_sums[part] = task.rows.log_sum_and_gradient_(logits, columns[part], weights[part], z_loss=task.z_loss)
+            log_sums[part], factors = task.rows.log_sum_and_gradient_(
+                logits, columns[part], weights[part], z_loss=task.z_loss
+            )
         else:
             if known is None:
                 log_sums[part], target = _over_ranks(*task.rows.statistics(logits), target, task.tp)
@@ -200,7 +213,7 @@ def _chunks(
                 task.rows.gradient_(logits, columns[part], log_sums[part], weights[part], z_loss=task.z_loss)
         losses[part] = log_sums[part] - target + task.z_loss * log_sums[part].square()
         if gradients is not None:
-            gradients.add(start, part.stop, logits, x[part], weight)
+            gradients.add(start, part.stop, logits, x[part], weight, factors)
     return losses, log_sums
 
 

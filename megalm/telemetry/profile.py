@@ -21,8 +21,9 @@ FAMILIES: tuple[tuple[str, str], ...] = (
     ("matrix products", r"gemm|nvjet|cutlass|cublas|\bxmma|::addmm|::mm\b|::bmm|::baddbmm|::linear|mkldnn|_scaled_mm"),
     ("normalisation", r"layer_?norm|rms_?norm"),
     ("softmax", r"softmax"),
-    ("GELU and gates", r"gelu|silu|sigmoid|tanh"),
+    ("GELU and gates", r"gelu|silu|sigmoid|tanh|activation|gate_backward"),
     ("dropout", r"dropout|philox|bernoulli"),
+    ("gradient sums", r"gradient_sum"),
     ("optimizer", r"adam|multi_tensor|foreach|l2norm"),
     ("embedding", r"embedding|index_select|indexing_backward"),
     ("copies and casts", r"memcpy|memset|copy|::to\b|_to_copy|::cat\b|::clone|::contiguous|fill|zero_"),
@@ -143,11 +144,16 @@ def _kernels(profile: Any, *, on_gpu: bool) -> list[KernelTime]:
     """Kernels of the GPU, or on a CPU the operations of torch, each without the operations it calls."""
     found = []
     for event in profile.key_averages():
-        if on_gpu and event.device_type == torch.autograd.DeviceType.CUDA:
+        # Ranges that somebody named, such as an optimizer's step, cover kernels that are counted themselves.
+        if on_gpu and event.device_type == torch.autograd.DeviceType.CUDA and not _is_range(event):
             found.append(KernelTime(event.key, _device_time(event), event.count))
         if not on_gpu and event.device_type == torch.autograd.DeviceType.CPU:
             found.append(KernelTime(event.key, event.self_cpu_time_total, event.count))
     return [kernel for kernel in found if kernel.microseconds > 0]
+
+
+def _is_range(event: Any) -> bool:
+    return bool(getattr(event, "is_user_annotation", False)) or "#" in event.key
 
 
 def _device_time(event: Any) -> float:

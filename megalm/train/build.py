@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from megalm.config.checks import check
-from megalm.config.deepspeed_json import deepspeed_json, engine_clips
+from megalm.config.deepspeed_json import deepspeed_json, effective_zero_stage, engine_clips
 from megalm.config.root import Config
 from megalm.config.show import dry_run_report, notes
 from megalm.data.batches import Batch
@@ -22,6 +22,7 @@ from megalm.data.loader import batch_iterator
 from megalm.data.order_digest import order_digest
 from megalm.data.source import SampleSource
 from megalm.errors import DataError
+from megalm.kernels.backend import choose
 from megalm.models.blocks.arrangement import Spread
 from megalm.models.flops import flops_per_token, parameter_count
 from megalm.models.gpt.build import build_model, build_pipeline, choose_kernels, plan_gpt
@@ -123,7 +124,7 @@ def build(plan: Plan, topology: Topology) -> Run:
         console.warning(line)
     streams = RngStreams(config.training.seed, tp=topology.tp, pp=topology.pp, dp=topology.dp, device=topology.device)
     module = _build_module(plan, topology, streams, console)
-    engine = _build_engine(config, module, topology)
+    engine = _build_engine(config, module, topology, console)
     compile_watch = compile_blocks(
         module,
         requested=config.output.compile,
@@ -226,9 +227,15 @@ def _threads_to_draw(device: torch.device) -> int:
     return max(1, min(16, len(os.sched_getaffinity(0)) // torch.cuda.device_count()))
 
 
-def _build_engine(config: Config, module: nn.Module, topology: Topology) -> Engine:
+def _build_engine(config: Config, module: nn.Module, topology: Topology, console: Console) -> Engine:
     optimizer = build_optimizer(module, config.training, topology=topology, engine_clips=engine_clips(config))
-    return build_engine(module, optimizer, deepspeed_json(config, dp_size=topology.dp.size), topology)
+    gradient_sum = None
+    if config.training.dtype == "bf16" and effective_zero_stage(config) == 1:
+        choice = choose("gradient_sum", "auto", topology.device)
+        console.info(f"gradient_sum: {choice.name} ({choice.reason})")
+        gradient_sum = choice.implementation
+    settings = deepspeed_json(config, dp_size=topology.dp.size)
+    return build_engine(module, optimizer, settings, topology, gradient_sum=gradient_sum)
 
 
 def _open_datasets(plan: Plan, *, verifies: bool, log: Callable[[str], None]) -> Datasets:

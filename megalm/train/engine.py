@@ -13,9 +13,11 @@ import torch.distributed
 from torch import nn
 
 from megalm.data.batches import Batch
+from megalm.kernels.gradient_sum.oracle import TorchGradientSum
+from megalm.kernels.gradient_sum.protocol import GradientSumKernel
 from megalm.topology.mpu import Mpu
 from megalm.topology.topology import Topology
-from megalm.train.optimizer import AdamW
+from megalm.train.gradient_sums import take_over_sums
 
 
 @dataclass(frozen=True)
@@ -131,9 +133,17 @@ def _as_pipeline_input(
 
 
 def build_engine(
-    module: nn.Module, optimizer: torch.optim.Optimizer, deepspeed_config: dict[str, Any], topology: Topology
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    deepspeed_config: dict[str, Any],
+    topology: Topology,
+    *,
+    gradient_sum: GradientSumKernel | None = None,
 ) -> Engine:
-    """Wrap a PipelineModule, or a plain module of one stage, in the engine that fits it."""
+    """Wrap a PipelineModule, or a plain module of one stage, in the engine that fits it.
+
+    `gradient_sum` adds 16-bit gradients to fp32 sums where DeepSpeed keeps those for the whole model; torch by default.
+    """
     import deepspeed
     from deepspeed.pipe import PipelineModule
     from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
@@ -148,29 +158,8 @@ def build_engine(
         dist_init_required=False,
     )
     if isinstance(raw.optimizer, BF16_Optimizer):
-        _spare_passes_over_gradients(raw.optimizer, optimizer)
+        take_over_sums(raw.optimizer, optimizer, gradient_sum or TorchGradientSum())
     return PipelineTrainingEngine(raw, topology) if pipelined else DataParallelTrainingEngine(raw, topology)
-
-
-def _spare_passes_over_gradients(owner: Any, optimizer: torch.optim.Optimizer) -> None:
-    """Have each bf16 gradient added to its fp32 sum in one kernel, and clipped in the update.
-
-    DeepSpeed 0.19 first casts the gradient to fp32 in memory: 18 bytes a parameter and micro-batch in place of 10.
-    """
-
-    def add(parameter: nn.Parameter, group: int, index: int, clear_lp_grads: bool) -> None:
-        if parameter.grad is None:
-            return
-        total = owner.fp32_groups_gradients[group][index]
-        total.add_(parameter.grad.reshape(total.shape))
-        parameter._hp_grad = total  # type: ignore[attr-defined]  # Where PipelineEngine finds tied gradients.
-        owner.fp32_groups_has_gradients[group][index] = True
-        if clear_lp_grads:
-            parameter.grad.zero_()
-
-    owner._update_hp_grad = add
-    if isinstance(optimizer, AdamW):
-        optimizer.norm_from_engine = lambda: owner._global_grad_norm
 
 
 def _quieten_deepspeed() -> None:

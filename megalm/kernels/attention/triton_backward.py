@@ -86,7 +86,7 @@ def _visit_keys(
 
 
 @jit
-def query_gradient(
+def attention_query_gradient(
     q_desc: tl.tensor,
     q_rest_desc: tl.tensor,
     k_desc: tl.tensor,
@@ -127,10 +127,10 @@ def query_gradient(
     DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
 ) -> None:
-    """dq of BLOCK_Q queries of one head, and what `key_value_gradient` reads of them: `delta` and `shifted_lse`.
+    """dq of BLOCK_Q queries of one head, and what the other kernel reads of them: `delta` and `shifted_lse`.
 
     The second is lse + slope * (position in a block of SHIFT_BLOCK), ALiBi's part that varies over the queries of a
-    block. The other kernel would keep it in 16 registers that it does not have.
+    block. `attention_key_value_gradient` would keep it in 16 registers that it does not have.
 
     Shapes: as `attention_forward`, whose blocks are `num_bounds` of BOUND_BLOCK queries; dq as q, the others as lse.
     """
@@ -285,7 +285,7 @@ def _end_of_queries(
 
 
 @jit
-def key_value_gradient(
+def attention_key_value_gradient(
     q_desc: tl.tensor,
     q_rest_desc: tl.tensor,
     k_desc: tl.tensor,

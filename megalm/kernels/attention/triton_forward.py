@@ -11,8 +11,9 @@ slope * (last key of the block - query) per query, so that no term is larger tha
 
 With ALiBi a block far enough back cannot matter. A score is at most |q| * max |k| / sqrt(d), the row's maximum is at
 least the one on the diagonal, and the bias falls by the slope with every key. Keys whose weights sum to less than
-2^-24 of the row's largest weight, half a unit in the last place of fp32, are not visited if whole blocks of them are
-like that for all queries of the program. `first_key` hands the bound to the backward pass.
+2^-BITS of the row's largest weight are not visited if whole blocks of them are like that for all queries of the
+program. BITS is 24 in fp32, half a unit in the last place; 16 in 16-bit types, whose weights and results are rounded by
+2^-9 (bf16) and 2^-12 (fp16) anyway. `first_key` hands the bound to the backward pass.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from megalm.kernels.triton_language import jit, tl
 
 
 @jit
-def key_norms(
+def attention_key_norms(
     k: tl.tensor,
     norms: tl.tensor,
     stride_b: tl.tensor,
@@ -94,6 +95,7 @@ def _first_key(
     norms: tl.tensor,
     num_norms: tl.tensor,
     num_positions: tl.tensor,
+    BITS: tl.constexpr,
 ) -> tl.tensor:
     """The first key that any of the rows, of which |q|^2 is given, can see with a weight that counts."""
     largest = 0.0
@@ -104,7 +106,7 @@ def _first_key(
     bound = tl.sqrt(squares * largest) * scale2 * 1.001
     steep = tl.maximum(slope2, 1e-30)
     # The weights of all keys beyond a distance form a geometric series of ratio 2^-slope2.
-    threshold = 24.0 + tl.log2(1.0 + 1.4427 / steep)
+    threshold = BITS + tl.log2(1.0 + 1.4427 / steep)
     distance = (bound + threshold - peak) / steep + 1.0
     first = tl.where((rows < num_positions) & (peak > float("-inf")), rows.to(tl.float32) - distance, 3e38)
     earliest = tl.min(first, axis=0)
@@ -217,11 +219,12 @@ def attention_forward(
     STARTS: tl.constexpr,
     DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
+    BITS: tl.constexpr,
 ) -> None:
     """Outputs and log-sum-exps of BLOCK_Q queries of one head; the long rows of all heads are started first.
 
     Shapes: q [b, n, s, d], k, v [b, n/GROUP, s, d] -> out [b, n, s, d], lse [b, n, blocks * BLOCK_Q] fp32 in base 2,
-        first_key [b, n, blocks] int32. slopes [n] fp32, starts [b, s] int32, norms as `key_norms` has them.
+        first_key [b, n, blocks] int32. slopes [n] fp32, starts [b, s] int32, norms as `attention_key_norms` has them.
     """
     batch_head = tl.program_id(0)
     block = tl.num_programs(1) - 1 - tl.program_id(1)
@@ -260,7 +263,8 @@ def attention_forward(
     low = 0
     if ALIBI:
         kv_index = batch * (num_heads // GROUP) + kv_head
-        low = _first_key(squares, peak, rows, slope2, scale2, norms + kv_index * num_norms, num_norms, num_positions)
+        norms += kv_index * num_norms
+        low = _first_key(squares, peak, rows, slope2, scale2, norms, num_norms, num_positions, BITS)
     if STARTS:
         low = tl.maximum(low, tl.min(begins, axis=0))
     low = tl.minimum(low, first_row) // BLOCK_K * BLOCK_K

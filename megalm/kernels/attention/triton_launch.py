@@ -16,7 +16,10 @@ from megalm.kernels.attention import triton_backward, triton_forward
 from megalm.kernels.triton_language import ceil_div, next_power_of_two
 
 NORM_BLOCK = 128
-"""Keys whose largest norm is one number of `key_norms`."""
+"""Keys whose largest norm is one number of `attention_key_norms`."""
+
+BITS_OF_16, BITS_OF_32 = 16, 24
+"""Keys with weights that sum to less than 2^-bits of a row's largest weight are left out, by the size of the type."""
 
 
 @dataclass(frozen=True)
@@ -46,12 +49,13 @@ class Cut:
 
 
 # Fixed rather than timed at run time: another cut sums in another order, and runs must repeat to the last bit.
-# Chosen by the compiler's report for sm_90 (docs/log.md): two warpgroups, keys of the forward pass 128 wide so that
-# wgmma is not bound by shared memory, no spilled registers. Random bits take registers: dropout has its own blocks.
-_HALF_64 = Cut(Blocks(128, 128, 8, 3), Blocks(128, 128, 8, 2), Blocks(64, 128, 8, 3))
-_HALF_128 = Cut(Blocks(128, 128, 8, 2), Blocks(128, 64, 8, 3), Blocks(64, 128, 8, 3))
-_HALF_64_DROPOUT = Cut(Blocks(128, 32, 8, 3), Blocks(128, 64, 8, 3), Blocks(64, 128, 8, 3))
-_HALF_128_DROPOUT = Cut(Blocks(128, 32, 8, 3), Blocks(128, 32, 8, 3), Blocks(32, 128, 8, 3))
+# The fastest of those timed on a Hopper GPU (docs/log.md): one warpgroup a program and two or three programs on a
+# multiprocessor, so that one's exponentials hide behind another's products; and small blocks, which find more keys out
+# of sight. Random bits take registers: dropout has its own blocks.
+_HALF_64 = Cut(Blocks(64, 64, 4, 2), Blocks(64, 64, 4, 2), Blocks(64, 64, 4, 2))
+_HALF_128 = Cut(Blocks(64, 64, 4, 3), Blocks(64, 32, 4, 2), Blocks(64, 64, 4, 2))
+_HALF_64_DROPOUT = Cut(Blocks(64, 32, 4, 3), Blocks(64, 32, 4, 3), Blocks(64, 64, 4, 2))
+_HALF_128_DROPOUT = Cut(Blocks(64, 32, 4, 3), Blocks(64, 32, 4, 3), Blocks(32, 64, 4, 3))
 _FP32 = Cut(Blocks(64, 32, 4, 2), Blocks(64, 32, 4, 1), Blocks(32, 32, 4, 1))
 
 
@@ -132,7 +136,8 @@ def launch_forward(q: Tensor, k: Tensor, v: Tensor, out: Tensor, extras: Extras)
             *_descriptors(q, blocks.queries), *_descriptors(k, blocks.keys), *_descriptors(v, blocks.keys),
             out, lse, first_key, extras.slopes, extras.starts, norms, extras.seed, *out.stride()[:3],
             n, s, 0 if norms is None else norms.size(2), _scale(d) * math.log2(math.e), extras.threshold, extras.keep,
-            GROUP=n // k.size(1), **_constants(q, blocks), **extras.flags(), **_options(blocks),
+            GROUP=n // k.size(1), BITS=BITS_OF_16 if q.dtype.itemsize == 2 else BITS_OF_32,
+            **_constants(q, blocks), **extras.flags(), **_options(blocks),
         )  # fmt: skip
     return lse, first_key
 
@@ -165,7 +170,7 @@ def launch_backward(
     numbers = s, first_key.size(2), _scale(d), extras.threshold, extras.keep
     with _on(q.device):
         blocks = cut.query_gradient
-        triton_backward.query_gradient[(b * n, ceil_div(s, blocks.queries))](
+        triton_backward.attention_query_gradient[(b * n, ceil_div(s, blocks.queries))](
             *_descriptors(q, blocks.queries), *_descriptors(k, blocks.keys), *_descriptors(v, blocks.keys),
             *_descriptors(do, blocks.queries), *_descriptors(out, blocks.queries),
             dq, lse, shifted_lse, delta, first_key,
@@ -173,7 +178,7 @@ def launch_backward(
             **shared, **_constants(q, blocks), **_options(blocks),
         )  # fmt: skip
         blocks = cut.key_value_gradient
-        triton_backward.key_value_gradient[(b * n // group, ceil_div(s, blocks.keys))](
+        triton_backward.attention_key_value_gradient[(b * n // group, ceil_div(s, blocks.keys))](
             *_descriptors(q, blocks.queries), *_descriptors(k, blocks.keys), *_descriptors(v, blocks.keys),
             *_descriptors(do, blocks.queries), dk, dv, lse, shifted_lse, delta, first_key,
             *optional, *dk.stride()[:3], *dv.stride()[:3], n // group, *numbers,
@@ -193,7 +198,7 @@ def aligned(x: Tensor) -> Tensor:
 def _key_norms(k: Tensor) -> Tensor:
     b, n, s, d = k.shape
     norms = torch.empty(b, n, ceil_div(s, NORM_BLOCK), dtype=torch.float32, device=k.device)
-    triton_forward.key_norms[(b * n, norms.size(2))](
+    triton_forward.attention_key_norms[(b * n, norms.size(2))](
         k, norms, *k.stride()[:3], n, s, HEAD_SIZE=d, D=padded_head_size(d), BLOCK=NORM_BLOCK, num_warps=8
     )
     return norms

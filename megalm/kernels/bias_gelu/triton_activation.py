@@ -13,11 +13,14 @@ from torch import Tensor
 
 from megalm.kernels.rows import as_rows, num_strips
 from megalm.kernels.triton_language import ceil_div, jit, tl
+from megalm.kernels.triton_sums import sum_parts
 
 ACTIVATIONS = ("gelu_tanh", "liglu", "reglu", "swiglu", "geglu")
-COLUMNS = 512
-ROWS = 8
+ROWS, COLUMNS = 8, 512
+# Forward has nothing to sum over rows: long pieces of few rows are read and written in one go.
+FORWARD_ROWS, FORWARD_COLUMNS = 2, 1024
 NUM_WARPS = 4
+BACKWARD_STAGES = 3
 # Programs of backward on a multiprocessor: 96 registers a thread, or 121 of the gated ones with twice the threads.
 RESIDENT, RESIDENT_GATED = 4, 2
 
@@ -63,7 +66,7 @@ def _gate(x: tl.tensor, ACTIVATION: tl.constexpr) -> tuple[tl.tensor, tl.tensor]
 
 
 @jit
-def _forward_kernel(
+def activation_forward(
     x: tl.tensor,
     bias: tl.tensor,
     y: tl.tensor,
@@ -94,7 +97,7 @@ def _forward_kernel(
 
 
 @jit
-def _gelu_backward_kernel(
+def gelu_backward(
     dy: tl.tensor,
     x: tl.tensor,
     bias: tl.tensor,
@@ -106,6 +109,7 @@ def _gelu_backward_kernel(
     x_stride: tl.tensor,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    STAGES: tl.constexpr,
 ) -> None:
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     present = columns < size
@@ -113,7 +117,7 @@ def _gelu_backward_kernel(
     total = tl.zeros([ROWS, COLUMNS], tl.float32)
     first = tl.program_id(0) * ROWS
     step = tl.num_programs(0) * ROWS
-    for turn in tl.range(0, tl.cdiv(num_rows - first, step)):
+    for turn in tl.range(0, tl.cdiv(num_rows - first, step), num_stages=STAGES):
         rows = (first + turn * step + tl.arange(0, ROWS)).to(tl.int64)
         inside = (rows < num_rows)[:, None] & present[None, :]
         gradient = tl.load(dy + rows[:, None] * dy_stride + columns[None, :], mask=inside, other=0.0).to(tl.float32)
@@ -125,7 +129,7 @@ def _gelu_backward_kernel(
 
 
 @jit
-def _gated_backward_kernel(
+def gate_backward(
     dy: tl.tensor,
     x: tl.tensor,
     bias: tl.tensor,
@@ -167,9 +171,9 @@ def _forward(x: Tensor, bias: Tensor, activation: str) -> Tensor:
     y = _empty_result(x, bias, activation)
     if y.numel():
         rows = as_rows(x)
-        _forward_kernel[(ceil_div(rows.size(0), ROWS), ceil_div(y.size(-1), COLUMNS))](
+        activation_forward[(ceil_div(rows.size(0), FORWARD_ROWS), ceil_div(y.size(-1), FORWARD_COLUMNS))](
             rows, bias, y, rows.size(0), y.size(-1), rows.stride(0),
-            ACTIVATION=activation, ROWS=ROWS, COLUMNS=COLUMNS, num_warps=NUM_WARPS,
+            ACTIVATION=activation, ROWS=FORWARD_ROWS, COLUMNS=FORWARD_COLUMNS, num_warps=NUM_WARPS,
         )  # fmt: skip
     return y
 
@@ -185,10 +189,10 @@ def _empty_result(x: Tensor, bias: Tensor, activation: str) -> Tensor:
     schema="(Tensor dy, Tensor x, Tensor bias, str activation) -> (Tensor, Tensor)",
 )
 def _backward(dy: Tensor, x: Tensor, bias: Tensor, activation: str) -> tuple[Tensor, Tensor]:
-    """dx, and the gradient of the bias in fp32."""
+    """dx, and the gradient of the bias, summed in fp32."""
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
     if not dx.numel():
-        return dx, bias.new_zeros(bias.shape, dtype=torch.float32)
+        return dx, torch.zeros_like(bias)
     gradients, rows = as_rows(dy), as_rows(x)
     column_blocks = ceil_div(dy.size(-1), COLUMNS)
     resident = RESIDENT if activation == "gelu_tanh" else RESIDENT_GATED
@@ -197,17 +201,15 @@ def _backward(dy: Tensor, x: Tensor, bias: Tensor, activation: str) -> tuple[Ten
     arguments = (gradients, rows, bias, dx, partial, rows.size(0), dy.size(-1), gradients.stride(0), rows.stride(0))
     grid = (strips, column_blocks)
     if activation == "gelu_tanh":
-        _gelu_backward_kernel[grid](*arguments, ROWS=ROWS, COLUMNS=COLUMNS, num_warps=NUM_WARPS)
+        gelu_backward[grid](*arguments, ROWS=ROWS, COLUMNS=COLUMNS, STAGES=BACKWARD_STAGES, num_warps=NUM_WARPS)
     else:
-        _gated_backward_kernel[grid](
-            *arguments, ACTIVATION=activation, ROWS=ROWS, COLUMNS=COLUMNS, num_warps=2 * NUM_WARPS
-        )
-    return dx, partial.sum(dim=0)
+        gate_backward[grid](*arguments, ACTIVATION=activation, ROWS=ROWS, COLUMNS=COLUMNS, num_warps=2 * NUM_WARPS)
+    return dx, sum_parts(partial, bias.dtype)
 
 
 @_backward.register_fake
 def _(dy: Tensor, x: Tensor, bias: Tensor, activation: str) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x, memory_format=torch.contiguous_format), bias.new_empty(bias.shape, dtype=torch.float32)
+    return torch.empty_like(x, memory_format=torch.contiguous_format), torch.empty_like(bias)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -218,7 +220,7 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _differentiate(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None]:
     x, bias = ctx.saved_tensors
     dx, dbias = torch.ops.megalm.bias_activation_backward(dy, x, bias, ctx.activation)
-    return dx, dbias.to(bias.dtype), None
+    return dx, dbias, None
 
 
 _forward.register_autograd(_differentiate, setup_context=_keep)

@@ -30,8 +30,14 @@ class VocabularyRows(Protocol):
     def gradient_(self, logits: Tensor, labels: Tensor, log_sum: Tensor, weights: Tensor, *, z_loss: float) -> None:
         """Replace the logits by the gradient of the weighted loss."""
 
-    def log_sum_and_gradient_(self, logits: Tensor, labels: Tensor, weights: Tensor, *, z_loss: float) -> Tensor:
-        """`statistics` and `gradient_` at once, for rows that hold the whole vocabulary; returns log_sum."""
+    def log_sum_and_gradient_(
+        self, logits: Tensor, labels: Tensor, weights: Tensor, *, z_loss: float
+    ) -> tuple[Tensor, Tensor | None]:
+        """`statistics` and `gradient_` at once, for rows that hold the whole vocabulary.
+
+        Returns log_sum, and None or factors [c] fp32: what replaced the logits is then the gradient of each row over
+        its factor, and the products with it have to take the factor.
+        """
 
     def scale_(self, x: Tensor, factor: Tensor) -> None:
         """Multiply in place by a scalar that lives on the device; cheap if it is 1."""

@@ -21,13 +21,15 @@ class TorchRows:
         wide.sub_(log_sum.unsqueeze(-1)).exp_()
         self._finish(logits, wide, labels, weights * (1.0 + 2.0 * z_loss * log_sum), weights)
 
-    def log_sum_and_gradient_(self, logits: Tensor, labels: Tensor, weights: Tensor, *, z_loss: float) -> Tensor:
+    def log_sum_and_gradient_(
+        self, logits: Tensor, labels: Tensor, weights: Tensor, *, z_loss: float
+    ) -> tuple[Tensor, Tensor | None]:
         peak = logits.amax(dim=-1).to(torch.promote_types(logits.dtype, torch.float32))
         wide = logits if logits.dtype == peak.dtype else logits.to(peak.dtype)
         total = wide.sub_(peak.unsqueeze(-1)).exp_().sum(dim=-1)
         log_sum = total.log() + peak
         self._finish(logits, wide, labels, weights * (1.0 + 2.0 * z_loss * log_sum) / total, weights)
-        return log_sum
+        return log_sum, None
 
     def scale_(self, x: Tensor, factor: Tensor) -> None:
         x.mul_(factor)

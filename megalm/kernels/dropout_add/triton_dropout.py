@@ -14,6 +14,7 @@ from torch import Tensor
 
 from megalm.kernels.rows import as_rows, num_strips
 from megalm.kernels.triton_language import ceil_div, jit, tl
+from megalm.kernels.triton_sums import sum_parts
 
 COLUMNS = 512
 ROWS = 8
@@ -39,7 +40,7 @@ def _kept(
 
 
 @jit
-def _forward_kernel(
+def dropout_add_forward(
     x: tl.tensor,
     bias: tl.tensor,
     residual: tl.tensor,
@@ -69,7 +70,7 @@ def _forward_kernel(
 
 
 @jit
-def _backward_kernel(
+def dropout_add_backward(
     dy: tl.tensor,
     seeds: tl.tensor,
     dx: tl.tensor,
@@ -115,7 +116,7 @@ def _forward(x: Tensor, bias: Tensor, residual: Tensor, seed: Tensor, prob: floa
     y = torch.empty_like(residual, memory_format=torch.contiguous_format)
     if y.numel():
         rows, stream = as_rows(x), as_rows(residual)
-        _forward_kernel[(ceil_div(rows.size(0), ROWS), ceil_div(x.size(-1), COLUMNS))](
+        dropout_add_forward[(ceil_div(rows.size(0), ROWS), ceil_div(x.size(-1), COLUMNS))](
             rows, bias, stream, seed, y, *rows.shape, rows.stride(0), stream.stride(0), *_threshold(prob),
             DROPS=prob > 0.0, ROWS=ROWS, COLUMNS=COLUMNS, num_warps=NUM_WARPS,
         )  # fmt: skip
@@ -141,11 +142,11 @@ def _backward(dy: Tensor, seed: Tensor, prob: float) -> tuple[Tensor, Tensor]:
     column_blocks = ceil_div(dy.size(-1), COLUMNS)
     strips = num_strips(ceil_div(rows.size(0), ROWS), dy.device, resident=RESIDENT, num_columns=column_blocks)
     partial = dy.new_empty((strips, dy.size(-1)), dtype=torch.float32)
-    _backward_kernel[(strips, column_blocks)](
+    dropout_add_backward[(strips, column_blocks)](
         rows, seed, dx, partial, *rows.shape, rows.stride(0), *_threshold(prob),
         DROPS=prob > 0.0, ROWS=ROWS, COLUMNS=COLUMNS, num_warps=NUM_WARPS,
     )  # fmt: skip
-    return dx, partial.sum(dim=0)
+    return dx, sum_parts(partial, torch.float32)
 
 
 @_backward.register_fake

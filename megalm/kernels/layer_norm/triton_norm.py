@@ -14,8 +14,9 @@ from torch import Tensor
 
 from megalm.kernels.rows import as_rows, num_strips
 from megalm.kernels.triton_language import ceil_div, jit, next_power_of_two, tl
+from megalm.kernels.triton_sums import sum_parts
 
-TILE_ELEMENTS = 4096
+FORWARD_ELEMENTS, BACKWARD_ELEMENTS = 2048, 4096
 MOST_ROWS = 16
 # Beyond 16,384 backward spills some of its registers (740 bytes a thread): right, and slower.
 WIDEST = 32768
@@ -24,12 +25,12 @@ WIDEST_WITH_SUMS = 8192
 SUM_ROWS, SUM_COLUMNS, SUM_WARPS = 8, 256, 4
 RESIDENT = 2
 """Programs of backward on a multiprocessor: 128 registers a thread."""
-BACKWARD_STAGES = 2
+BACKWARD_STAGES = 3
 """Tiles of backward on their way from memory while one is computed, itself included."""
 
 
 @jit
-def _forward_kernel(
+def layer_norm_forward(
     x: tl.tensor,
     residual: tl.tensor,
     branch_bias: tl.tensor,
@@ -76,7 +77,7 @@ def _forward_kernel(
 
 
 @jit
-def _backward_kernel(
+def layer_norm_backward(
     dy: tl.tensor,
     dtotal: tl.tensor,
     x: tl.tensor,
@@ -97,8 +98,8 @@ def _backward_kernel(
     BLOCK: tl.constexpr,
     STAGES: tl.constexpr,
 ) -> None:
-    """With ADDS, dx has dtotal added. With SUMS, partial [programs, 3, size] gets the sums of dy * normalised, of dy
-    and, with BRANCH, of dx."""
+    """With ADDS, dx has dtotal added. With SUMS, partial [programs, 2 or 3, size] gets the sums of dy * normalised, of
+    dy and, with BRANCH, of dx."""
     columns = tl.arange(0, BLOCK)
     present = columns < size
     w = tl.load(weight + columns, mask=present, other=0.0).to(tl.float32)[None, :]
@@ -131,7 +132,7 @@ def _backward_kernel(
             branch_sum += tl.where(inside, result, 0.0)
         tl.store(dx + wide_rows * size + columns[None, :], result.to(dx.dtype.element_ty), mask=inside)
     if SUMS:
-        sums = partial + tl.program_id(0) * 3 * size + columns
+        sums = partial + tl.program_id(0) * (3 if BRANCH else 2) * size + columns
         tl.store(sums, tl.sum(weight_sum, axis=0), mask=present)
         tl.store(sums + size, tl.sum(bias_sum, axis=0), mask=present)
         if BRANCH:
@@ -139,7 +140,7 @@ def _backward_kernel(
 
 
 @jit
-def _sums_kernel(
+def layer_norm_sums(
     dy: tl.tensor,
     dx: tl.tensor,
     x: tl.tensor,
@@ -154,7 +155,7 @@ def _sums_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ) -> None:
-    """The sums of `_backward_kernel`, of a strip of rows and some columns, where whole rows leave no room for them."""
+    """The sums of `layer_norm_backward` over a strip of rows and some columns, where whole rows leave them no room."""
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     present = columns < size
     weight_sum = tl.zeros([ROWS, COLUMNS], tl.float32)
@@ -174,17 +175,26 @@ def _sums_kernel(
         bias_sum += gradient
         if BRANCH:
             branch_sum += tl.load(dx + wide_rows * size + columns[None, :], mask=inside, other=0.0).to(tl.float32)
-    sums = partial + tl.program_id(0) * 3 * size + columns
+    sums = partial + tl.program_id(0) * (3 if BRANCH else 2) * size + columns
     tl.store(sums, tl.sum(weight_sum, axis=0), mask=present)
     tl.store(sums + size, tl.sum(bias_sum, axis=0), mask=present)
     if BRANCH:
         tl.store(sums + 2 * size, tl.sum(branch_sum, axis=0), mask=present)
 
 
-def tile(size: int) -> tuple[int, int, int]:
-    """Rows and columns of a program's tile, and its warps: 16 elements a thread."""
+def forward_tile(size: int) -> tuple[int, int, int]:
+    """Rows and columns of a forward program's tile, and its warps: 16 elements a thread."""
+    return _tile(size, FORWARD_ELEMENTS)
+
+
+def backward_tile(size: int) -> tuple[int, int, int]:
+    """As `forward_tile`; two long rows at a time, so that what they wait for is shared."""
+    return _tile(size, max(FORWARD_ELEMENTS, min(BACKWARD_ELEMENTS, 2 * next_power_of_two(size))))
+
+
+def _tile(size: int, num_elements: int) -> tuple[int, int, int]:
     block = next_power_of_two(size)
-    rows = max(1, min(MOST_ROWS, TILE_ELEMENTS // block))
+    rows = max(1, min(MOST_ROWS, num_elements // block))
     return rows, block, max(1, min(32, rows * block // 512))
 
 
@@ -203,8 +213,8 @@ def _forward(
     if y.numel() == 0:
         return y, total, means, scales
     added = rows if residual is None else as_rows(residual)
-    tile_rows, block, num_warps = tile(size)
-    _forward_kernel[(ceil_div(rows.size(0), tile_rows),)](
+    tile_rows, block, num_warps = forward_tile(size)
+    layer_norm_forward[(ceil_div(rows.size(0), tile_rows),)](
         rows, added, weight if branch_bias is None else branch_bias, weight, bias, total, y, means, scales,
         rows.size(0), size, rows.stride(0), added.stride(0), eps,
         ADDS=residual is not None, ROWS=tile_rows, BLOCK=block, num_warps=num_warps,
@@ -230,32 +240,34 @@ def _empty_results(
 def _backward(
     dy: Tensor, dtotal: Tensor | None, x: Tensor, weight: Tensor, mean: Tensor, scale: Tensor, branch: bool
 ) -> tuple[Tensor, Tensor]:
-    """dx, to which dtotal is added, and the gradients of weight, bias and, if asked for, branch bias as [3, h] fp32.
+    """dx, to which dtotal is added, and the gradients of weight, bias and, if asked for, branch bias as [2 or 3, h].
 
-    In rows wider than 8,192 the branch bias's is the sum of dx as it was rounded.
+    The latter are summed in fp32 and have the dtype of the weight. In rows wider than 8,192 the branch bias's is the
+    sum of dx as it was rounded.
     """
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
     gradients, values, size = as_rows(dy), as_rows(x), x.size(-1)
+    vectors = 3 if branch else 2
     if dx.numel() == 0:
-        return dx, x.new_zeros((3, size), dtype=torch.float32)
+        return dx, weight.new_zeros((vectors, size))
     added = gradients if dtotal is None else as_rows(dtotal)
-    tile_rows, block, num_warps = tile(size)
+    tile_rows, block, num_warps = backward_tile(size)
     programs = num_strips(ceil_div(values.size(0), tile_rows), x.device, resident=RESIDENT)
     sums = block <= WIDEST_WITH_SUMS
-    partial = x.new_zeros((programs, 3, size), dtype=torch.float32)
-    _backward_kernel[(programs,)](
+    partial = x.new_empty((programs, vectors, size), dtype=torch.float32)
+    layer_norm_backward[(programs,)](
         gradients, added, values, weight, mean, scale, dx, partial,
         values.size(0), size, gradients.stride(0), added.stride(0), values.stride(0),
         ADDS=dtotal is not None, BRANCH=branch, SUMS=sums, ROWS=tile_rows, BLOCK=block, STAGES=BACKWARD_STAGES,
         num_warps=num_warps,
     )  # fmt: skip
     if not sums:
-        _sums_kernel[(programs, ceil_div(size, SUM_COLUMNS))](
+        layer_norm_sums[(programs, ceil_div(size, SUM_COLUMNS))](
             gradients, dx, values, mean, scale, partial,
             values.size(0), size, gradients.stride(0), values.stride(0),
             BRANCH=branch, ROWS=SUM_ROWS, COLUMNS=SUM_COLUMNS, num_warps=SUM_WARPS,
         )  # fmt: skip
-    return dx, partial.sum(dim=0)
+    return dx, sum_parts(partial, weight.dtype)
 
 
 @_backward.register_fake
@@ -263,7 +275,7 @@ def _(
     dy: Tensor, dtotal: Tensor | None, x: Tensor, weight: Tensor, mean: Tensor, scale: Tensor, branch: bool
 ) -> tuple[Tensor, Tensor]:
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
-    return dx, x.new_empty((3, x.size(-1)), dtype=torch.float32)
+    return dx, weight.new_empty((3 if branch else 2, x.size(-1)))
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -278,15 +290,8 @@ def _differentiate(ctx: Any, dy: Tensor, dtotal: Tensor, *_: Any) -> tuple[Tenso
     x, weight, mean, scale = ctx.saved_tensors
     added, branch = (dtotal if ctx.adds else None), ctx.branch_dtype is not None
     dx, sums = torch.ops.megalm.layer_norm_backward(dy, added, x, weight, mean, scale, branch)
-    dweight, dbias, dbranch = sums.unbind(0)
-    return (
-        dx,
-        dx if ctx.adds else None,
-        None if ctx.branch_dtype is None else dbranch.to(ctx.branch_dtype),
-        dweight.to(weight.dtype),
-        dbias.to(ctx.bias_dtype),
-        None,
-    )
+    dbranch = None if ctx.branch_dtype is None else sums[2].to(ctx.branch_dtype)
+    return dx, dx if ctx.adds else None, dbranch, sums[0], sums[1].to(ctx.bias_dtype), None
 
 
 _forward.register_autograd(_differentiate, setup_context=_keep)
@@ -331,7 +336,7 @@ class _NormAndPass(torch.autograd.Function):
         dy, passed = gradients
         x, weight, mean, scale = ctx.saved_tensors
         dx, sums = torch.ops.megalm.layer_norm_backward(dy, passed, x, weight, mean, scale, False)
-        return dx, sums[0].to(weight.dtype), sums[1].to(ctx.bias_dtype), None
+        return dx, sums[0], sums[1].to(ctx.bias_dtype), None
 
 
 def layer_norm_and_pass(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:

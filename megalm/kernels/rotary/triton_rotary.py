@@ -14,7 +14,7 @@ NUM_WARPS = 4
 
 
 @jit
-def _turn_kernel(
+def rotary_turn(
     x: tl.tensor,
     angles: tl.tensor,
     y: tl.tensor,
@@ -60,7 +60,7 @@ def _turn(x: Tensor, angles: Tensor, sign: float) -> Tensor:
         values = x if x.stride(-1) == 1 else x.contiguous()
         half, size = angles.size(-1), x.size(-1)
         num_rows, rest = x.numel() // size, size - 2 * half
-        _turn_kernel[(ceil_div(num_rows, ROWS),)](
+        rotary_turn[(ceil_div(num_rows, ROWS),)](
             values, angles.contiguous(), y, num_rows, x.size(1), x.size(2), size, half, *values.stride()[:3], sign,
             ROWS=ROWS, BLOCK=next_power_of_two(half), REST=next_power_of_two(rest) if rest else 0,
             num_warps=NUM_WARPS,

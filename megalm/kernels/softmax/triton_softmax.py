@@ -15,7 +15,7 @@ WIDEST = 32768
 
 
 @jit
-def _forward_kernel(
+def softmax_forward(
     scores: tl.tensor,
     mask: tl.tensor,
     weights: tl.tensor,
@@ -53,7 +53,7 @@ def _forward_kernel(
 
 
 @jit
-def _backward_kernel(
+def softmax_backward(
     dweights: tl.tensor,
     weights: tl.tensor,
     dscores: tl.tensor,
@@ -92,7 +92,7 @@ def _forward(scores: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     strides = (0, 0, 0, 0) if mask is None else hidden.stride()
     rows, block, num_warps = _tile(values.size(-1))
     num_rows = values.numel() // values.size(-1)
-    _forward_kernel[(ceil_div(num_rows, rows),)](
+    softmax_forward[(ceil_div(num_rows, rows),)](
         values, hidden if mask is None else hidden.view(torch.uint8), weights, num_rows, values.size(-1),
         shape[2], shape[1], *strides, scale, MASKED=mask is not None, ROWS=rows, BLOCK=block, num_warps=num_warps,
     )  # fmt: skip
@@ -115,7 +115,7 @@ def _backward(dweights: Tensor, weights: Tensor, scale: float) -> Tensor:
     if weights.numel():
         rows, block, num_warps = _tile(weights.size(-1))
         num_rows = weights.numel() // weights.size(-1)
-        _backward_kernel[(ceil_div(num_rows, rows),)](
+        softmax_backward[(ceil_div(num_rows, rows),)](
             gradient, weights, dscores, num_rows, weights.size(-1), scale, ROWS=rows, BLOCK=block, num_warps=num_warps
         )
     return dscores

@@ -12,6 +12,7 @@ from megalm.kernels.linear.protocol import LinearKernel
 from megalm.models.blocks.arrangement import Kernels, Spread
 from megalm.parallel.collectives import copy_to, gather_sequence
 from megalm.parallel.embedding import VocabParallelEmbedding
+from megalm.parallel.gradient_sum import mark_adding
 from megalm.parallel.head_loss import head_cross_entropy
 from megalm.parallel.linear import linear
 from megalm.parallel.shard import mark_sharded, shard_size
@@ -75,7 +76,7 @@ class OutputEmbedding(nn.Module):
         self.fuses_loss = kernels.head is not None
         self.spread = spread
         local = shard_size(vocab_rows, spread.tp, what="rows of the output embedding")
-        self.weight = mark_sharded(nn.Parameter(torch.empty(local, hidden_size)), dim=0)
+        self.weight = mark_adding(mark_sharded(nn.Parameter(torch.empty(local, hidden_size)), dim=0))
 
     def forward(self, x: Tensor) -> Tensor | HeadInput:
         if self.fuses_loss:

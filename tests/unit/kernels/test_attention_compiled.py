@@ -27,9 +27,12 @@ SHARED_BYTES = TRITON_SHARED_BYTES
 
 KERNELS = {
     "forward": triton_forward.attention_forward,
-    "query_gradient": triton_backward.query_gradient,
-    "key_value_gradient": triton_backward.key_value_gradient,
+    "query_gradient": triton_backward.attention_query_gradient,
+    "key_value_gradient": triton_backward.attention_key_value_gradient,
 }
+SERIALISED = ("key_value_gradient",)
+"""Kernels whose wgmma may wait for one another: timed, these blocks are faster than any that ptxas does not serialise, as
+two programs share a multiprocessor (docs/log.md)."""
 FP32 = ("lse", "shifted_lse", "delta", "slopes", "norms")
 INT32 = ("first_key", "starts")
 FLOATS = ("scale", "scale2", "keep")
@@ -65,7 +68,7 @@ def compile_for_hopper(
         "GROUP": group, "HEAD_SIZE": head_size, "D": main, "R": rest, "BOUND_BLOCK": cut.forward.queries,
         "SHIFT_BLOCK": cut.key_value_gradient.queries,
         "BLOCK_Q": blocks.queries, "BLOCK_K": blocks.keys, "ALIBI": alibi, "STARTS": starts, "DROPOUT": dropout,
-        "PRECISION": "ieee" if dtype == torch.float32 else "tf32",
+        "PRECISION": "ieee" if dtype == torch.float32 else "tf32", "BITS": 16,
     }  # fmt: skip
     constants |= {} if alibi else {"slopes": None, "norms": None}
     constants |= {} if starts else {"starts": None}
@@ -135,7 +138,7 @@ def _compilable(tmp_path: Any) -> Any:
 def test_alibi_kernels_fit_a_hopper_gpu_without_spills(kernel: str, head_size: int) -> None:
     report = compile_for_hopper(kernel, head_size, torch.bfloat16)
     assert report.spilled_bytes == 0
-    assert not report.serialised
+    assert not report.serialised or kernel in SERIALISED
     assert report.shared_bytes <= SHARED_BYTES
     assert report.scratch_bytes == 0
     assert "wgmma.mma_async" in report.ptx
@@ -170,7 +173,7 @@ def test_every_variant_compiles_for_a_hopper_gpu(kernel: str, head_size: int, dt
     flags, allowed = VARIANTS[variant]
     report = compile_for_hopper(kernel, head_size, dtype, **flags)
     assert report.spilled_bytes <= allowed
-    assert not report.serialised
+    assert not report.serialised or kernel in SERIALISED
     assert report.shared_bytes <= SHARED_BYTES
 
 

@@ -135,6 +135,16 @@ def test_heads_that_share_keys_match_float64(kv_heads: int, device: torch.device
     check(example(torch.float32, device, n=4, kv_heads=kv_heads, s=49), slopes=alibi_slopes(4).to(device))
 
 
+def test_in_16_bits_more_is_skipped_and_results_stay_within_their_rounding(device: torch.device) -> None:
+    slopes = torch.tensor([0.7], device=device)
+    first = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        inputs = example(dtype, device, n=1, s=LONG, d=40)
+        first[dtype] = attention(*inputs, slopes, None, None, 0.0)[2][0, 0, -1].item()
+        check(inputs, slopes=slopes)
+    assert first[torch.bfloat16] >= first[torch.float32] > 0
+
+
 def test_blocks_that_cannot_matter_are_skipped_and_nothing_changes(device: torch.device) -> None:
     s = LONG
     q, k, v = example(torch.float32, device, n=2, s=s, d=40)

@@ -44,7 +44,9 @@ class DropsTheScale(BaddbmmAttention):
 class LeavesTheLabel(TorchRows):
     """Gradients that forget which column is the label."""
 
-    def log_sum_and_gradient_(self, logits: Tensor, labels: Tensor, weights: Tensor, *, z_loss: float) -> Tensor:
+    def log_sum_and_gradient_(
+        self, logits: Tensor, labels: Tensor, weights: Tensor, *, z_loss: float
+    ) -> tuple[Tensor, Tensor | None]:
         return super().log_sum_and_gradient_(logits, torch.full_like(labels, -1), weights, z_loss=z_loss)
 
 

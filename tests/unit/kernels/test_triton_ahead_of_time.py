@@ -11,6 +11,7 @@ import pytest
 from megalm.kernels.bias_gelu import triton_activation as activation
 from megalm.kernels.cross_entropy import triton_rows
 from megalm.kernels.dropout_add import triton_dropout as dropout
+from megalm.kernels.gradient_sum import triton_sum
 from megalm.kernels.layer_norm import triton_norm as norm
 from megalm.kernels.rotary import triton_rotary
 from megalm.kernels.softmax import triton_softmax
@@ -35,7 +36,7 @@ class Launch(NamedTuple):
 NUMBERS = {
     "num_rows", "num_columns", "row_stride", "size", "x_stride", "residual_stride", "dy_stride", "dtotal_stride",
     "threshold", "num_queries", "num_heads", "num_positions", "half", "mask_batch", "mask_head", "mask_query",
-    "stride_batch", "stride_head", "stride_position",
+    "stride_batch", "stride_head", "stride_position", "num_parts", "num_blocks",
 }  # fmt: skip
 FRACTIONS = {"z_loss", "eps", "scale", "sign"}
 WIDE = {"peaks", "totals", "log_sums", "means", "scales", "partial", "factor", "angles"}
@@ -50,42 +51,58 @@ def argument(name: str, constants: dict[str, Any]) -> Any:
     if name in FRACTIONS:
         # A weight per token in one kernel, a number in the others.
         return float
-    types = {**dict.fromkeys(WIDE, "fp32"), "labels": "i64", "seeds": "i64", "mask": "u8"}
+    types = {
+        **dict.fromkeys(WIDE, "fp32"),
+        "labels": "i64",
+        "seeds": "i64",
+        "mask": "u8",
+        "sorted_ids": "i64",
+        "order": "i64",
+    }
     return types.get(name, "bf16")
 
 
 def launches() -> Iterator[Launch]:
     block, warps = triton_rows._block(250_880)
-    yield Launch("row statistics", triton_rows._statistics_kernel, {"BLOCK": block}, warps)
-    for whole in (True, False):
-        constants = {"WHOLE": whole, "BLOCK": block, "weights": "fp32"}
-        yield Launch(f"row gradient, whole {whole}", triton_rows._gradient_kernel, constants, warps)
-    yield Launch("scale", triton_rows._scale_kernel, {"BLOCK": triton_rows.SCALE_BLOCK}, 8)
+    constants = {"PART": triton_rows.PART_COLUMNS, "BLOCK": block}
+    yield Launch("row exponentials", triton_rows.cross_entropy_exponentials, {**constants, "guesses": "fp32"}, warps)
+    yield Launch("row statistics", triton_rows.cross_entropy_statistics, constants, warps)
+    constants = {"BLOCK": block, "weights": "fp32"}
+    yield Launch("row gradient", triton_rows.cross_entropy_gradient, constants, warps)
+    yield Launch("scale", triton_rows.cross_entropy_scale, {"BLOCK": triton_rows.SCALE_BLOCK}, 8)
     for width in WIDTHS:
-        rows, block, warps = norm.tile(width)
         for adds in (False, True):
+            rows, block, warps = norm.forward_tile(width)
             constants = {"ADDS": adds, "ROWS": rows, "BLOCK": block}
-            yield Launch(f"norm {width}, adds {adds}", norm._forward_kernel, constants, warps)
+            yield Launch(f"norm {width}, adds {adds}", norm.layer_norm_forward, constants, warps)
+            rows, block, warps = norm.backward_tile(width)
+            constants = {"ADDS": adds, "ROWS": rows, "BLOCK": block}
             constants |= {"BRANCH": adds, "SUMS": block <= norm.WIDEST_WITH_SUMS, "STAGES": norm.BACKWARD_STAGES}
-            yield Launch(f"norm backward {width}, adds {adds}", norm._backward_kernel, constants, warps)
+            yield Launch(f"norm backward {width}, adds {adds}", norm.layer_norm_backward, constants, warps)
     constants = {"BRANCH": True, "ROWS": norm.SUM_ROWS, "COLUMNS": norm.SUM_COLUMNS}
-    yield Launch("norm sums", norm._sums_kernel, constants, norm.SUM_WARPS)
+    yield Launch("norm sums", norm.layer_norm_sums, constants, norm.SUM_WARPS)
     tile = {"ROWS": activation.ROWS, "COLUMNS": activation.COLUMNS}
     for name in activation.ACTIVATIONS:
+        constants = {"ACTIVATION": name, "ROWS": activation.FORWARD_ROWS, "COLUMNS": activation.FORWARD_COLUMNS}
+        yield Launch(name, activation.activation_forward, constants, activation.NUM_WARPS)
         constants = {"ACTIVATION": name, **tile}
-        yield Launch(name, activation._forward_kernel, constants, activation.NUM_WARPS)
         if name != "gelu_tanh":
-            yield Launch(f"{name} backward", activation._gated_backward_kernel, constants, 2 * activation.NUM_WARPS)
-    yield Launch("gelu_tanh backward", activation._gelu_backward_kernel, tile, activation.NUM_WARPS)
+            yield Launch(f"{name} backward", activation.gate_backward, constants, 2 * activation.NUM_WARPS)
+    constants = {**tile, "STAGES": activation.BACKWARD_STAGES}
+    yield Launch("gelu_tanh backward", activation.gelu_backward, constants, activation.NUM_WARPS)
     constants = {"DROPS": True, "ROWS": dropout.ROWS, "COLUMNS": dropout.COLUMNS}
-    yield Launch("dropout", dropout._forward_kernel, constants, dropout.NUM_WARPS)
-    yield Launch("dropout backward", dropout._backward_kernel, constants, dropout.NUM_WARPS)
+    yield Launch("dropout", dropout.dropout_add_forward, constants, dropout.NUM_WARPS)
+    yield Launch("dropout backward", dropout.dropout_add_backward, constants, dropout.NUM_WARPS)
+    constants = {"SCALES": False, "BLOCK": triton_sum.BLOCK, "total": "fp32", "factor": "fp32"}
+    yield Launch("gradient sum", triton_sum.gradient_sum_add, constants, triton_sum.NUM_WARPS)
+    constants = {"ROWS": triton_sum.ROWS_AT_ONCE, "BLOCK": triton_sum.MOST_COLUMNS, "total": "fp32"}
+    yield Launch("gradient sum of rows", triton_sum.gradient_sum_add_rows, constants, triton_sum.MOST_COLUMNS // 256)
     rows, block, warps = triton_softmax._tile(2048)
     constants = {"MASKED": True, "ROWS": rows, "BLOCK": block, "mask_key": 1}
-    yield Launch("softmax", triton_softmax._forward_kernel, constants, warps)
-    yield Launch("softmax backward", triton_softmax._backward_kernel, {"ROWS": rows, "BLOCK": block}, warps)
+    yield Launch("softmax", triton_softmax.softmax_forward, constants, warps)
+    yield Launch("softmax backward", triton_softmax.softmax_backward, {"ROWS": rows, "BLOCK": block}, warps)
     constants = {"ROWS": triton_rotary.ROWS, "BLOCK": 64, "REST": 0}
-    yield Launch("rotary", triton_rotary._turn_kernel, constants, triton_rotary.NUM_WARPS)
+    yield Launch("rotary", triton_rotary.rotary_turn, constants, triton_rotary.NUM_WARPS)
 
 
 @pytest.mark.slow
@@ -93,7 +110,7 @@ def launches() -> Iterator[Launch]:
 def test_kernel_compiles_for_hopper_without_spilling(
     launch: Launch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
-    if not request.config.getoption("--full") and launch.name not in ("row gradient, whole True", "gelu_tanh backward"):
+    if not request.config.getoption("--full") and launch.name not in ("row exponentials", "gelu_tanh backward"):
         pytest.skip("--full compiles all kernels")
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     arguments = {name: argument(name, launch.constants) for name in launch.kernel.arg_names}

@@ -19,7 +19,8 @@ LOSS_ERROR = 8 * 4 * 2.0**-24
 
 @pytest.fixture(autouse=True)
 def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Several blocks a row without long rows."""
+    """Several blocks and parts a row without long rows."""
+    monkeypatch.setattr(triton_rows, "PART_COLUMNS", 128)
     monkeypatch.setattr(triton_rows, "_block", lambda num_columns: (64, 1))
 
 
@@ -48,8 +49,10 @@ def test_rows_match_float64(columns: int, dtype: torch.dtype, form: str, triton_
     peak, total = rows.statistics(logits)
     torch.testing.assert_close((peak + total.log()).double(), log_sum, rtol=0, atol=LOSS_ERROR)
     at_once, in_two = logits.clone(), logits.clone()
-    found = rows.log_sum_and_gradient_(at_once, labels, weights, z_loss=1e-2)
+    found, factors = rows.log_sum_and_gradient_(at_once, labels, weights, z_loss=1e-2)
     rows.gradient_(in_two, labels, found, weights, z_loss=1e-2)
+    if factors is not None:
+        at_once = at_once.double() * factors.double().unsqueeze(-1)
     torch.testing.assert_close(found.double(), log_sum, rtol=0, atol=LOSS_ERROR)
     # One rounding, of fp32 results below 1 in size; fp16 has no numbers between 0 and 6e-8.
     bound = 0.5 * torch.finfo(dtype).eps * gradient.abs() + 2 * LOSS_ERROR + torch.finfo(dtype).smallest_normal * 2**-11
@@ -71,13 +74,44 @@ def test_rows_are_the_same_bits_in_every_run_and_leave_what_is_between_them(trit
 
 def test_extreme_logits_neither_overflow_nor_vanish(triton_device: torch.device) -> None:
     logits = torch.tensor([[3e4, 3e4, -3e4], [-3e4, -3e4, -6e4]], device=triton_device)
-    found = TritonRows().log_sum_and_gradient_(
+    found, factors = TritonRows().log_sum_and_gradient_(
         logits, torch.tensor([0, 1], device=triton_device), torch.ones(2, device=triton_device), z_loss=0.0
     )
     assert torch.equal(found, torch.tensor([3e4, -3e4], device=triton_device) + 0.6931472)
     # log 2 at 3e4 is known to 2^-9.
-    torch.testing.assert_close(logits[0], torch.tensor([-0.5, 0.5, 0.0], device=triton_device), rtol=2e-3, atol=1e-3)
+    gradient = logits[0] * factors[0]
+    torch.testing.assert_close(gradient, torch.tensor([-0.5, 0.5, 0.0], device=triton_device), rtol=2e-3, atol=1e-3)
     assert torch.isnan(TritonRows().statistics(torch.full((1, 3), float("nan"), device=triton_device))[1]).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("above", [20.0, 100.0])
+def test_a_logit_far_above_the_guess_costs_no_accuracy(
+    above: float, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, triton_device: torch.device
+) -> None:
+    monkeypatch.setattr(triton_rows, "GUESS_COLUMNS", 16)
+    logits, labels, weights = example(5, 200, dtype, triton_device)
+    logits[:, 150] += above  # Neither among the first 16 nor a label.
+    labels = torch.where(labels == 150, 3, labels)
+    log_sum, gradient = exact(logits, labels, weights, 0.0)
+    found, factors = TritonRows().log_sum_and_gradient_(logits, labels, weights, z_loss=0.0)
+    assert factors is not None
+    # log_sum is up to 112, of which fp32 resolves 2^-17; exp of a distance known to 2^-18 is off by as much.
+    torch.testing.assert_close(found.double(), log_sum, rtol=2**-22, atol=LOSS_ERROR)
+    ours = logits.double() * factors.double().unsqueeze(-1)
+    assert ((ours - gradient).abs() <= 0.5 * torch.finfo(dtype).eps * gradient.abs() + 2**-16).all()
+
+
+def test_a_logit_that_overflows_makes_the_loss_infinite_and_not_wrong(
+    monkeypatch: pytest.MonkeyPatch, triton_device: torch.device
+) -> None:
+    monkeypatch.setattr(triton_rows, "GUESS_COLUMNS", 16)
+    logits, labels, weights = example(2, 200, torch.bfloat16, triton_device)
+    logits[1, 150] = 500.0
+    labels = torch.tensor([3, 3], device=triton_device)
+    found, _ = TritonRows().log_sum_and_gradient_(logits, labels, weights, z_loss=0.0)
+    assert torch.isfinite(found[0])
+    assert torch.isinf(found[1])
 
 
 @pytest.mark.parametrize("factor", [1.0, 0.25])

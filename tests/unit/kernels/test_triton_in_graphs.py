@@ -59,8 +59,9 @@ OPERATIONS: dict[str, tuple[Any, ...]] = {
     "scale_mask_softmax_backward": (torch.ones(2, 2, 3, 5), torch.ones(2, 2, 3, 5), 0.5),
     "rotary": (torch.ones(1, 2, 3, 8), torch.ones(3, 4), 1.0),
     "row_statistics": (torch.ones(3, 8),),
+    "row_exponentials_": (torch.ones(3, 8), torch.zeros(3, dtype=torch.int64), torch.ones(3), 0.0),
     "row_gradient_": (
-        torch.ones(3, 8), torch.zeros(3, dtype=torch.int64), torch.zeros(3), torch.ones(3), 0.0, True
+        torch.ones(3, 8), torch.zeros(3, dtype=torch.int64), torch.zeros(3), torch.ones(3), 0.0
     ),
 }  # fmt: skip
 

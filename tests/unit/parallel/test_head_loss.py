@@ -27,7 +27,9 @@ class CountingRows(TorchRows):
     def __init__(self) -> None:
         self.rows: list[int] = []
 
-    def log_sum_and_gradient_(self, logits: Tensor, labels: Tensor, weights: Tensor, *, z_loss: float) -> Tensor:
+    def log_sum_and_gradient_(
+        self, logits: Tensor, labels: Tensor, weights: Tensor, *, z_loss: float
+    ) -> tuple[Tensor, Tensor | None]:
         self.rows.append(logits.size(0))
         return super().log_sum_and_gradient_(logits, labels, weights, z_loss=z_loss)
 

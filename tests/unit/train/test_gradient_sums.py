@@ -1,0 +1,92 @@
+"""Gradients on their way to fp32 sums: each is added once, vectors together, whatever the order they come in."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import nn
+
+from megalm.kernels.gradient_sum.oracle import TorchGradientSum
+from megalm.parallel.gradient_sum import gradient_sum_of, mark_adding
+from megalm.train.gradient_sums import GradientSums, take_over_sums
+
+
+class CountingKernel(TorchGradientSum):
+    """Counts the additions."""
+
+    calls = 0
+
+    def add_(self, total: torch.Tensor, gradient: torch.Tensor, *, factor: torch.Tensor | None = None) -> None:
+        self.calls += 1
+        super().add_(total, gradient, factor=factor)
+
+
+def _owner() -> Any:
+    """What GradientSums reads of a BF16_Optimizer: two matrices, three vectors, each group's sums flat and padded."""
+    groups = [[nn.Parameter(torch.zeros(3, 4)), nn.Parameter(torch.zeros(5, 2))]]
+    groups.append([nn.Parameter(torch.zeros(size)) for size in (4, 3, 2)])
+    flat = [torch.zeros(24), torch.zeros(10)]
+    sums = [list(torch.split(whole[:used], [p.numel() for p in group]))
+            for whole, group, used in zip(flat, groups, (22, 9), strict=True)]  # fmt: skip
+    return SimpleNamespace(
+        bf16_groups=groups,
+        fp32_groups_gradients=sums,
+        fp32_groups_gradients_flat=flat,
+        fp32_groups_has_gradients=[[False] * 2, [False] * 3],
+        get_grads_for_reduction=lambda: flat,
+        _global_grad_norm=None,
+    )
+
+
+def _give(sums: GradientSums, owner: Any, group: int, index: int, value: float) -> None:
+    parameter = owner.bf16_groups[group][index]
+    parameter.grad = torch.full_like(parameter, value)
+    sums.add(parameter, group, index, False)
+    parameter.grad = None  # as BF16_Optimizer does after each
+
+
+def test_vectors_of_a_group_are_added_in_one_call_and_matrices_one_by_one() -> None:
+    owner, kernel = _owner(), CountingKernel()
+    sums = GradientSums(owner, kernel)
+    for micro_batch in (1.0, 2.0):
+        for index in (2, 0, 1):
+            _give(sums, owner, 1, index, micro_batch * (index + 1))
+        _give(sums, owner, 0, 1, micro_batch)
+    assert kernel.calls == 2 * (1 + 1)
+    assert owner.fp32_groups_gradients_flat[1].tolist() == [3.0] * 4 + [6.0] * 3 + [9.0] * 2 + [0.0]
+    assert [total.tolist() for total in owner.fp32_groups_gradients[0]] == [[0.0] * 12, [3.0] * 10]
+    assert owner.fp32_groups_has_gradients == [[False, True], [True] * 3]
+    assert all(parameter._hp_grad is not None for parameter in owner.bf16_groups[1])
+
+
+def test_vectors_that_wait_are_added_before_anybody_reads_the_sums() -> None:
+    owner = _owner()
+    take_over_sums(owner, torch.optim.SGD(owner.bf16_groups[0], lr=1.0), TorchGradientSum())
+    parameter = owner.bf16_groups[1][0]
+    parameter.grad = torch.ones(4)
+    owner._update_hp_grad(parameter, 1, 0, False)
+    assert owner.get_grads_for_reduction()[1].tolist() == [1.0] * 4 + [0.0] * 6
+    assert owner.fp32_groups_has_gradients[1] == [True, False, False]
+
+
+def test_a_second_gradient_before_the_others_first_is_added_too() -> None:
+    owner = _owner()
+    sums = GradientSums(owner, TorchGradientSum())
+    for value in (1.0, 2.0):
+        _give(sums, owner, 1, 0, value)
+    sums.add_waiting()
+    assert owner.fp32_groups_gradients[1][0].tolist() == [3.0] * 4
+
+
+def test_tables_that_add_by_themselves_are_told_where() -> None:
+    owner = _owner()
+    mark_adding(owner.bf16_groups[0][0])
+    GradientSums(owner, TorchGradientSum())
+    found = gradient_sum_of(owner.bf16_groups[0][0])
+    assert found is not None
+    found.add(torch.ones(3, 4, dtype=torch.bfloat16))
+    assert owner.fp32_groups_gradients_flat[0][:12].tolist() == [1.0] * 12
+    assert owner.fp32_groups_has_gradients[0] == [True, False]
+    assert gradient_sum_of(owner.bf16_groups[0][1]) is None
