@@ -96,6 +96,7 @@ def _options(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=1, help="torch threads of every side")
     parser.add_argument("--peak-tflops", type=float, help="what MFU divides by")
     parser.add_argument("--json", help="file that receives all figures")
+    parser.add_argument("--logs", help="folder that receives what every side printed, one file a side")
     parser.add_argument("overrides", nargs="*", help="further SECTION.FIELD=VALUE for the trainer")
     return parser.parse_args(arguments)
 
@@ -158,6 +159,10 @@ def _run_side(
         )  # fmt: skip
         command = [sys.executable, str(ROOT / "benchmarks" / "peers" / PEERS[side]), json.dumps(asdict(shape))]
     ended = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True)
+    if options.logs:
+        log = Path(options.logs) / f"{options.model}-{side}-{micro_batch_size}.log"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        log.write_text(ended.stdout + ended.stderr, encoding="utf-8")
     if ended.returncode != 0:
         out_of_memory = "out of memory" in ended.stderr.lower()
         reason = "out of memory" if out_of_memory else ended.stderr.strip()[-2000:]

@@ -165,23 +165,27 @@ COMPILED_HERE = {
         "glu": "torch",
         "head": "chunked",
         "gradient_sum": "torch",
+        "dropout_add": "torch",
     },
     "flex": {"attention": "sdpa"},
 }
 """Implementations that `auto` takes only if they pass `self_check`, and what it takes in their place."""
 
 
-def choose(operation: str, requested: str, device: torch.device, *, use: AttentionUse | None = None) -> Choice:
+def choose(
+    operation: str, requested: str, device: torch.device, *, use: AttentionUse | None = None, drops: bool = False
+) -> Choice:
     """The implementation of an operation (attention, layer_norm, ...) that `requested` names, or `auto` finds best.
 
     Build one choice and share it between the layers: an attention core caches its bias. `use` is what the model asks of
-    its attention core; without it, `auto` takes one that serves every model.
+    its attention core; without it, `auto` takes one that serves every model. `drops` tells whether dropout_add has
+    anything to drop.
 
     Raises: KernelError if `requested` is not known or cannot run on `device`, or cannot serve the model.
     """
     candidates = _CANDIDATES[operation]
     if requested == "auto":
-        name, reason = _preference(operation, device, use)
+        name, reason = _preference(operation, device, use, drops)
         implementation = candidates[name].build()
         if name in COMPILED_HERE:
             wrong = self_check.failure(operation, implementation, device, use=use)
@@ -227,7 +231,7 @@ def _usable(operation: str, device: torch.device, use: AttentionUse | None) -> l
     return ["auto", *(name for name, candidate in candidates if _obstacle(candidate, device, use) is None)]
 
 
-def _preference(operation: str, device: torch.device, use: AttentionUse | None) -> tuple[str, str]:
+def _preference(operation: str, device: torch.device, use: AttentionUse | None, drops: bool) -> tuple[str, str]:
     if operation == "linear":
         if onednn.obstacle(device) is None and onednn.is_faster_here():
             return "onednn", "MKL leaves half of this processor's vector width unused, oneDNN does not"
@@ -248,6 +252,8 @@ def _preference(operation: str, device: torch.device, use: AttentionUse | None) 
             return "triton", "16-bit gradients are added to fp32 sums in one pass, embeddings row by row"
         return "torch", "torch's own additions"
     if operation == "dropout_add":
+        if drops and on_gpu:
+            return "triton", "one pass each way without a mask in memory, with the bias gradient inside"
         return "torch", "without dropout there is nothing to fuse; torch.compile fuses what there is with it"
     if on_gpu:
         return "triton", "one pass each way, with the bias gradient inside"

@@ -19,6 +19,7 @@ from megalm.kernels.attention.suitability import AttentionUse
 from megalm.kernels.bias_gelu.eager import bias_gelu
 from megalm.kernels.bias_gelu.gated import torch_glu
 from megalm.kernels.cross_entropy.torch_rows import TorchRows
+from megalm.kernels.dropout_add.oracle import bias_dropout_add
 from megalm.kernels.gradient_sum.oracle import TorchGradientSum
 from megalm.kernels.layer_norm import oracle
 
@@ -66,9 +67,17 @@ def _attention(kernel: Any, draw: Draw, use: AttentionUse | None) -> list[tuple[
         positions = torch.arange(s, device=mixed.device, dtype=torch.int32)
         starts = torch.where(positions < 70, 0, 70).to(torch.int32).expand(b, s).contiguous()
     options: dict[str, Any] = {"slopes": slopes, "mask": starts, "dropout": 0.0, "training": True}
-    return _compared(
-        lambda x: kernel.from_fused(x, **options), lambda x: BaddbmmAttention().from_fused(x, **options), (mixed,), draw
-    )
+    sums = kernel.sums_bias_gradient
+
+    def ours(x: Tensor, bias: Tensor) -> Tensor:
+        wide = x + (bias.detach() if sums else bias).view(n, 3, d)
+        result: Tensor = kernel.from_fused(wide, **options, bias=bias if sums else None)
+        return result
+
+    def theirs(x: Tensor, bias: Tensor) -> Tensor:
+        return BaddbmmAttention().from_fused(x + bias.view(n, 3, d), **options)
+
+    return _compared(ours, theirs, (mixed, draw(3 * n * d)), draw)
 
 
 def _layer_norm(kernel: Any, draw: Draw, use: AttentionUse | None) -> list[tuple[str, Tensor, Tensor]]:
@@ -124,6 +133,23 @@ def _gradient_sum(kernel: Any, draw: Draw, use: AttentionUse | None) -> list[tup
     return [("sum", ours, theirs)]
 
 
+def _dropout_add(kernel: Any, draw: Draw, use: AttentionUse | None) -> list[tuple[str, Tensor, Tensor]]:
+    """Without dropout, whose random numbers are each kernel's own; and that about a quarter of 0.25 is dropped."""
+    inputs = (draw(67, 512), draw(512), draw(67, 512))
+    x, bias, zero = torch.ones_like(inputs[0]), torch.zeros_like(inputs[1]), torch.zeros_like(inputs[2])
+    with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
+        kept = (kernel(x, bias, zero, 0.25, True) != 0).float().mean()
+
+    def ours(*given: Tensor) -> Tensor:
+        result: Tensor = kernel(*given, 0.0, True)
+        return result
+
+    def theirs(x: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
+        return bias_dropout_add(x, bias, residual, 0.0, True)
+
+    return [*_compared(ours, theirs, inputs, draw), ("share that is kept", kept, torch.full_like(kept, 0.75))]
+
+
 _CHECKS: dict[str, Check] = {
     "attention": _attention,
     "layer_norm": _layer_norm,
@@ -131,6 +157,7 @@ _CHECKS: dict[str, Check] = {
     "glu": _glu,
     "head": _head,
     "gradient_sum": _gradient_sum,
+    "dropout_add": _dropout_add,
 }
 
 

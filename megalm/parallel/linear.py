@@ -129,13 +129,16 @@ class ColumnParallelLinear(nn.Module):
         self.bias = mark_sharded(nn.Parameter(torch.empty(local)), dim=0) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        bias = None if self.skip_bias_add else self.bias
+        return self.with_bias(x, None if self.skip_bias_add else self.bias)
+
+    def with_bias(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """The layer with another bias [out/t] than its own, or with its own without a history."""
         y = linear(x, self.weight, bias, kernel=self.kernel, tp=self.tp, sequence_parallel=self.sequence_parallel)
         # [s, b, in] -> [s, b, out/t]
         return gather_from(y, self.tp) if self.gather_output else y
 
     def added_bias(self) -> Tensor:
-        """The bias [out/t] that a caller adds after `skip_bias_add`."""
+        """The bias [out/t] that a caller adds after `skip_bias_add`, or whose gradient it knows already."""
         assert self.bias is not None, "the layer was made with bias=False"
         return self.bias
 

@@ -107,9 +107,10 @@ def _keep_outside(block: ParallelTransformerLayer) -> None:
     """Mark what a graph cannot hold, so that it is cut there: collectives, products that are not torch's own, and
     attention cores that keep a bias between calls."""
     attention = block.self_attention
-    for part in (attention.query_key_value, attention.dense, block.mlp.dense_h_to_4h, block.mlp.dense_4h_to_h):
+    columns, rows = (attention.query_key_value, block.mlp.dense_h_to_4h), (attention.dense, block.mlp.dense_4h_to_h)
+    for part in (*columns, *rows):
         if part.tp.size > 1 or part.kernel.name != TorchLinear.name:
-            _cut_at(part, "forward")
+            _cut_at(part, "with_bias" if part in columns else "forward")
     if attention.alibi is not None and isinstance(attention.core, SdpaAttention | BaddbmmAttention):
         _cut_at(attention, "_attend")
     if block.spread.splits_sequence:

@@ -91,7 +91,11 @@ def take_over_sums(owner: Any, optimizer: torch.optim.Optimizer, kernel: Gradien
         sums.add_waiting()
         return read()
 
+    def zero_grad(set_to_none: bool = True) -> None:
+        owner.clear_lp_grads(set_to_none)  # `step` has cleared the sums already.
+
     owner._update_hp_grad = sums.add
+    owner.zero_grad = zero_grad
     owner.get_grads_for_reduction = get_grads_for_reduction
     if isinstance(optimizer, AdamW):
         optimizer.norm_from_engine = lambda: owner._global_grad_norm

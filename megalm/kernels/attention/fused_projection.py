@@ -15,6 +15,8 @@ def split_projection(mixed: Tensor) -> tuple[Tensor, ...]:
 class SplitProjection:
     """Gives a core that has `__call__` the second method of `AttentionCore`."""
 
+    sums_bias_gradient = False
+
     def from_fused(
         self: AttentionCore,
         mixed: Tensor,
@@ -23,8 +25,10 @@ class SplitProjection:
         mask: Tensor | None,
         dropout: float,
         training: bool,
+        bias: Tensor | None = None,
     ) -> Tensor:
         """Shapes: mixed [s, b, n/t, 3, d] -> [s, b, h/t]."""
+        assert bias is None, "this core leaves the bias's gradient to the projection"
         q, k, v = split_projection(mixed)
         context = self(q, k, v, slopes=slopes, mask=mask, dropout=dropout, training=training)
         return context.permute(2, 0, 1, 3).flatten(2)  # [b, n/t, s, d] -> [s, b, h/t]

@@ -18,6 +18,9 @@ class AttentionCore(Protocol):
     mask bool [b or 1, 1, s, s], True = masked out, or int [b, s], the first key that each query sees, or None.
     """
 
+    sums_bias_gradient: bool
+    """Whether `from_fused` takes the projection's bias, to sum its gradient where that of the projection is written."""
+
     def __call__(
         self,
         q: Tensor,
@@ -31,10 +34,20 @@ class AttentionCore(Protocol):
     ) -> Tensor: ...
 
     def from_fused(
-        self, mixed: Tensor, *, slopes: Tensor | None, mask: Tensor | None, dropout: float, training: bool
+        self,
+        mixed: Tensor,
+        *,
+        slopes: Tensor | None,
+        mask: Tensor | None,
+        dropout: float,
+        training: bool,
+        bias: Tensor | None = None,
     ) -> Tensor:
         """The same from a projection that has q, k and v of each head side by side, into the order that `dense` reads.
 
-        Shapes: mixed [s, b, n/t, 3, d] -> [s, b, h/t].
+        The gradient of `bias` is the sum of that of `mixed`; give it only to cores that say so, and then add it to the
+        projection without a history.
+
+        Shapes: mixed [s, b, n/t, 3, d], bias [3h/t] -> [s, b, h/t].
         """
         ...

@@ -16,6 +16,15 @@ from megalm.kernels.triton_language import jit, tl
 
 
 @jit
+def _store_sums(
+    base: tl.tensor, values: tl.tensor, FIRST: tl.constexpr, WIDTH: tl.constexpr, HEAD_SIZE: tl.constexpr
+) -> None:
+    """Store the sums over positions of the columns from FIRST on of a head; positions past the end have zeros."""
+    columns = FIRST + tl.arange(0, WIDTH)
+    tl.store(base + columns, tl.sum(values, axis=0), mask=columns < HEAD_SIZE)
+
+
+@jit
 def _visit_keys(
     dq: tl.tensor,
     dq_rest: tl.tensor,
@@ -101,6 +110,7 @@ def attention_query_gradient(
     lse: tl.tensor,
     shifted_lse: tl.tensor,
     delta: tl.tensor,
+    sums: tl.tensor,
     first_key: tl.tensor,
     slopes: tl.tensor,
     starts: tl.tensor,
@@ -111,6 +121,7 @@ def attention_query_gradient(
     num_heads: tl.tensor,
     num_positions: tl.tensor,
     num_bounds: tl.tensor,
+    num_sums: tl.tensor,
     scale: tl.tensor,
     threshold: tl.tensor,
     keep: tl.tensor,
@@ -126,13 +137,15 @@ def attention_query_gradient(
     STARTS: tl.constexpr,
     DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
+    SUMS: tl.constexpr,
 ) -> None:
     """dq of BLOCK_Q queries of one head, and what the other kernel reads of them: `delta` and `shifted_lse`.
 
     The second is lse + slope * (position in a block of SHIFT_BLOCK), ALiBi's part that varies over the queries of a
     block. `attention_key_value_gradient` would keep it in 16 registers that it does not have.
 
-    Shapes: as `attention_forward`, whose blocks are `num_bounds` of BOUND_BLOCK queries; dq as q, the others as lse.
+    Shapes: as `attention_forward`, whose blocks are `num_bounds` of BOUND_BLOCK queries; dq as q, the others as lse;
+        with SUMS, sums [b, num_sums, n, 3, d] fp32 gets the sum over each block of queries at 0 of the 3.
     """
     batch_head = tl.program_id(0)
     block = tl.num_programs(1) - 1 - tl.program_id(1)
@@ -185,6 +198,11 @@ def attention_query_gradient(
     store_rows(base, rows, dq_stride_s, acc * scale, num_positions, 0, D, HEAD_SIZE)
     if R:
         store_rows(base, rows, dq_stride_s, acc_rest * scale, num_positions, D, R, HEAD_SIZE)
+    if SUMS:
+        own = sums + ((batch * num_sums + block) * num_heads + head).to(tl.int64) * (3 * HEAD_SIZE)
+        _store_sums(own, acc * scale, 0, D, HEAD_SIZE)
+        if R:
+            _store_sums(own, acc_rest * scale, D, R, HEAD_SIZE)
 
 
 @jit
@@ -299,6 +317,7 @@ def attention_key_value_gradient(
     lse: tl.tensor,
     shifted_lse: tl.tensor,
     delta: tl.tensor,
+    sums: tl.tensor,
     first_key: tl.tensor,
     slopes: tl.tensor,
     starts: tl.tensor,
@@ -312,6 +331,7 @@ def attention_key_value_gradient(
     kv_heads: tl.tensor,
     num_positions: tl.tensor,
     num_bounds: tl.tensor,
+    num_sums: tl.tensor,
     scale: tl.tensor,
     threshold: tl.tensor,
     keep: tl.tensor,
@@ -326,10 +346,11 @@ def attention_key_value_gradient(
     STARTS: tl.constexpr,
     DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
+    SUMS: tl.constexpr,
 ) -> None:
     """dk and dv of BLOCK_K keys of one head of keys, summed over the GROUP heads of queries that share it.
 
-    Shapes: as `query_gradient`; dk, dv as k, v.
+    Shapes: as `attention_query_gradient`; dk, dv as k, v. With SUMS, which takes GROUP = 1, theirs are at 1 and 2.
     """
     batch_head = tl.program_id(0)
     batch = batch_head // kv_heads
@@ -386,3 +407,10 @@ def attention_key_value_gradient(
     if R:
         store_rows(dk_base, keys, dk_stride_s, dk_rest * scale, num_positions, D, R, HEAD_SIZE)
         store_rows(dv_base, keys, dv_stride_s, dv_rest, num_positions, D, R, HEAD_SIZE)
+    if SUMS:
+        own = sums + ((batch * num_sums + tl.program_id(1)) * kv_heads + kv_head).to(tl.int64) * (3 * HEAD_SIZE)
+        _store_sums(own + HEAD_SIZE, dk_acc * scale, 0, D, HEAD_SIZE)
+        _store_sums(own + 2 * HEAD_SIZE, dv_acc, 0, D, HEAD_SIZE)
+        if R:
+            _store_sums(own + HEAD_SIZE, dk_rest * scale, D, R, HEAD_SIZE)
+            _store_sums(own + 2 * HEAD_SIZE, dv_rest, D, R, HEAD_SIZE)

@@ -13,13 +13,22 @@ from torch import Tensor
 
 from megalm.errors import KernelError
 from megalm.kernels.attention.fused_projection import split_projection
-from megalm.kernels.attention.triton_launch import Extras, empty_statistics, launch_backward, launch_forward
+from megalm.kernels.attention.triton_launch import (
+    Extras,
+    empty_statistics,
+    empty_sums,
+    launch_backward,
+    launch_forward,
+)
+from megalm.kernels.triton_sums import sum_parts
 
 Gradients = tuple[Tensor | None, ...]
 
 
 class TritonAttention:
     """An `AttentionCore`: fewer heads of keys than of queries, documents and dropout, but no square masks."""
+
+    sums_bias_gradient = True
 
     def __call__(
         self,
@@ -38,12 +47,19 @@ class TritonAttention:
         return result[0]
 
     def from_fused(
-        self, mixed: Tensor, *, slopes: Tensor | None, mask: Tensor | None, dropout: float, training: bool
+        self,
+        mixed: Tensor,
+        *,
+        slopes: Tensor | None,
+        mask: Tensor | None,
+        dropout: float,
+        training: bool,
+        bias: Tensor | None = None,
     ) -> Tensor:
         """As the protocol has it, without a copy on the way in or out, nor of the gradient."""
         starts = _checked_starts(mask)
         seed = _drawn_seed(mixed) if training and dropout > 0.0 else None
-        result: tuple[Tensor, Tensor, Tensor] = fused_attention(mixed, slopes, starts, seed, dropout)
+        result: tuple[Tensor, Tensor, Tensor] = fused_attention(mixed, bias, slopes, starts, seed, dropout)
         return result[0].flatten(2)
 
 
@@ -97,9 +113,17 @@ def attention_backward(
 
 @torch.library.custom_op("megalm::fused_attention", mutates_args=())
 def fused_attention(
-    mixed: Tensor, slopes: Tensor | None, starts: Tensor | None, seed: Tensor | None, dropout: float
+    mixed: Tensor,
+    bias: Tensor | None,
+    slopes: Tensor | None,
+    starts: Tensor | None,
+    seed: Tensor | None,
+    dropout: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`attention` of a fused projection. Shapes: mixed [s, b, n, 3, d] -> [s, b, n, d], lse, first_key."""
+    """`attention` of a fused projection, of which `bias` is already a part; it is here for its gradient.
+
+    Shapes: mixed [s, b, n, 3, d], bias [3nd] -> [s, b, n, d], lse, first_key.
+    """
     q, k, v = split_projection(mixed)
     out = mixed.new_empty(*mixed.shape[:3], mixed.size(4))  # [s, b, n, d]
     return out, *launch_forward(q, k, v, out.permute(1, 2, 0, 3), Extras(slopes, starts, seed, dropout))
@@ -109,6 +133,7 @@ def fused_attention(
 def fused_attention_backward(
     do: Tensor,
     mixed: Tensor,
+    bias: Tensor | None,
     out: Tensor,
     lse: Tensor,
     first_key: Tensor,
@@ -116,14 +141,21 @@ def fused_attention_backward(
     starts: Tensor | None,
     seed: Tensor | None,
     dropout: float,
-) -> Tensor:
-    """The gradient of `mixed`, into which all three kernels write directly. Shapes: do [s, b, n, d] -> as mixed."""
+) -> tuple[Tensor, Tensor]:
+    """The gradient of `mixed`, into which all three kernels write directly, and of the bias, summed in fp32.
+
+    Shapes: do [s, b, n, d] -> as mixed, as bias (empty without one).
+    """
     gradient = torch.empty(mixed.shape, dtype=mixed.dtype, device=mixed.device)
     q, k, v = split_projection(mixed)
     dq, dk, dv = split_projection(gradient)
     do, out = (x.permute(1, 2, 0, 3) for x in (do, out))
-    launch_backward(do, q, k, v, out, lse, first_key, (dq, dk, dv), Extras(slopes, starts, seed, dropout))
-    return gradient
+    sums = None if bias is None else empty_sums(q, dropout=seed is not None)
+    extras = Extras(slopes, starts, seed, dropout)
+    launch_backward(do, q, k, v, out, lse, first_key, (dq, dk, dv), extras, sums=sums)
+    if bias is None or sums is None:
+        return gradient, mixed.new_empty(0)
+    return gradient, sum_parts(sums.flatten(0, 1), bias.dtype).view(bias.shape)
 
 
 @attention.register_fake
@@ -142,8 +174,9 @@ def _(mixed: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @fused_attention_backward.register_fake
-def _(do: Tensor, mixed: Tensor, *rest: Any) -> Tensor:
-    return torch.empty(mixed.shape, dtype=mixed.dtype, device=mixed.device)
+def _(do: Tensor, mixed: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
+    gradient = torch.empty(mixed.shape, dtype=mixed.dtype, device=mixed.device)
+    return gradient, mixed.new_empty(0) if bias is None else torch.empty_like(bias)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -161,8 +194,10 @@ def _separate_gradients(ctx: Any, do: Tensor | None, *unused: Any) -> Gradients:
 
 def _fused_gradient(ctx: Any, do: Tensor | None, *unused: Any) -> Gradients:
     if do is None:
-        return (None,) * 5
-    return fused_attention_backward(do, *ctx.saved_tensors, ctx.dropout), None, None, None, None
+        return (None,) * 6
+    mixed, bias, *rest = ctx.saved_tensors
+    gradient, bias_gradient = fused_attention_backward(do, mixed, bias, *rest, ctx.dropout)
+    return gradient, None if bias is None else bias_gradient, None, None, None, None
 
 
 attention.register_autograd(_separate_gradients, setup_context=_keep)

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import math
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -56,6 +56,7 @@ _HALF_64 = Cut(Blocks(64, 64, 4, 2), Blocks(64, 64, 4, 2), Blocks(64, 64, 4, 2))
 _HALF_128 = Cut(Blocks(64, 64, 4, 3), Blocks(64, 32, 4, 2), Blocks(64, 64, 4, 2))
 _HALF_64_DROPOUT = Cut(Blocks(64, 32, 4, 3), Blocks(64, 32, 4, 3), Blocks(64, 64, 4, 2))
 _HALF_128_DROPOUT = Cut(Blocks(64, 32, 4, 3), Blocks(64, 32, 4, 3), Blocks(32, 64, 4, 3))
+_GROUPED = Blocks(32, 64, 4, 2)
 _FP32 = Cut(Blocks(64, 32, 4, 2), Blocks(64, 32, 4, 1), Blocks(32, 32, 4, 1))
 
 
@@ -102,13 +103,19 @@ def head_parts(head_size: int) -> tuple[int, int]:
     return (padded // 2, rest) if padded // 2 + rest < padded else (padded, 0)
 
 
-def cut_for(head_size: int, dtype: torch.dtype, *, dropout: bool = False) -> Cut:
-    """The blocks for heads of this size and type. Dropout leaves the queries of the forward pass alone."""
+def cut_for(head_size: int, dtype: torch.dtype, *, dropout: bool = False, grouped: bool = False) -> Cut:
+    """The blocks for heads of this size and type, `grouped` where several heads of queries share keys.
+
+    Neither that nor dropout changes the queries of the forward pass, which the statistics are made for.
+    """
     if dtype.itemsize > 2:
         return _FP32
     if head_parts(head_size)[0] <= 64:
-        return _HALF_64_DROPOUT if dropout else _HALF_64
-    return _HALF_128_DROPOUT if dropout else _HALF_128
+        cut = _HALF_64_DROPOUT if dropout else _HALF_64
+    else:
+        cut = _HALF_128_DROPOUT if dropout else _HALF_128
+    # The loop over the heads of a group takes registers, which larger blocks of queries would spill.
+    return replace(cut, key_value_gradient=_GROUPED) if grouped else cut
 
 
 def empty_statistics(q: Tensor) -> tuple[Tensor, Tensor]:
@@ -152,8 +159,13 @@ def launch_backward(
     first_key: Tensor,
     gradients: tuple[Tensor, Tensor, Tensor],
     extras: Extras,
+    *,
+    sums: Tensor | None = None,
 ) -> None:
-    """Fill the gradients of q, k and v. Shapes: as `launch_forward`; do as out, gradients as q, k, v."""
+    """Fill the gradients of q, k and v, and `sums`, which `empty_sums` made, with their sums over blocks of positions.
+
+    Shapes: as `launch_forward`; do as out, gradients as q, k, v.
+    """
     b, n, s, d = q.shape
     if q.numel() == 0:
         for gradient in gradients:
@@ -161,29 +173,44 @@ def launch_backward(
         return
     dq, dk, dv = gradients
     do, q, k, v, out = (aligned(x) for x in (do, q, k, v, out))
-    cut = cut_for(d, q.dtype, dropout=extras.seed is not None)
+    group = n // k.size(1)
+    cut = cut_for(d, q.dtype, dropout=extras.seed is not None, grouped=group > 1)
     delta = torch.empty_like(lse)
     shifted_lse = lse if extras.slopes is None else torch.empty_like(lse)
-    group = n // k.size(1)
     shared = {"GROUP": group, "BOUND_BLOCK": cut.forward.queries, **extras.flags()}
     optional = extras.slopes, extras.starts, extras.seed
-    numbers = s, first_key.size(2), _scale(d), extras.threshold, extras.keep
+    shared["SUMS"] = sums is not None
+    num_sums = 0 if sums is None else sums.size(1)
+    numbers = s, first_key.size(2), num_sums, _scale(d), extras.threshold, extras.keep
     with _on(q.device):
         blocks = cut.query_gradient
         triton_backward.attention_query_gradient[(b * n, ceil_div(s, blocks.queries))](
             *_descriptors(q, blocks.queries), *_descriptors(k, blocks.keys), *_descriptors(v, blocks.keys),
             *_descriptors(do, blocks.queries), *_descriptors(out, blocks.queries),
-            dq, lse, shifted_lse, delta, first_key,
+            dq, lse, shifted_lse, delta, sums, first_key,
             *optional, *dq.stride()[:3], n, *numbers, SHIFT_BLOCK=cut.key_value_gradient.queries,
             **shared, **_constants(q, blocks), **_options(blocks),
         )  # fmt: skip
         blocks = cut.key_value_gradient
         triton_backward.attention_key_value_gradient[(b * n // group, ceil_div(s, blocks.keys))](
             *_descriptors(q, blocks.queries), *_descriptors(k, blocks.keys), *_descriptors(v, blocks.keys),
-            *_descriptors(do, blocks.queries), dk, dv, lse, shifted_lse, delta, first_key,
+            *_descriptors(do, blocks.queries), dk, dv, lse, shifted_lse, delta, sums, first_key,
             *optional, *dk.stride()[:3], *dv.stride()[:3], n // group, *numbers,
             **shared, **_constants(q, blocks), **_options(blocks),
         )  # fmt: skip
+
+
+def empty_sums(q: Tensor, *, dropout: bool) -> Tensor:
+    """Where `launch_backward` puts sums over positions of dq, dk and dv, a block of positions apart.
+
+    Shapes: q [b, n, s, d] -> [b, blocks, n, 3, d] fp32.
+    """
+    b, n, s, d = q.shape
+    cut = cut_for(d, q.dtype, dropout=dropout)
+    sizes = cut.query_gradient.queries, cut.key_value_gradient.keys
+    # Where the two kernels' blocks differ, one of them leaves some places out.
+    make = q.new_empty if sizes[0] == sizes[1] and q.numel() else q.new_zeros
+    return make((b, ceil_div(s, min(sizes)), n, 3, d), dtype=torch.float32)
 
 
 def aligned(x: Tensor) -> Tensor:

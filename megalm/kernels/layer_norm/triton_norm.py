@@ -16,7 +16,7 @@ from megalm.kernels.rows import as_rows, num_strips
 from megalm.kernels.triton_language import ceil_div, jit, next_power_of_two, tl
 from megalm.kernels.triton_sums import sum_parts
 
-FORWARD_ELEMENTS, BACKWARD_ELEMENTS = 2048, 4096
+TILE_ELEMENTS = 2048
 MOST_ROWS = 16
 # Beyond 16,384 backward spills some of its registers (740 bytes a thread): right, and slower.
 WIDEST = 32768
@@ -25,8 +25,6 @@ WIDEST_WITH_SUMS = 8192
 SUM_ROWS, SUM_COLUMNS, SUM_WARPS = 8, 256, 4
 RESIDENT = 2
 """Programs of backward on a multiprocessor: 128 registers a thread."""
-BACKWARD_STAGES = 3
-"""Tiles of backward on their way from memory while one is computed, itself included."""
 
 
 @jit
@@ -182,20 +180,17 @@ def layer_norm_sums(
         tl.store(sums + 2 * size, tl.sum(branch_sum, axis=0), mask=present)
 
 
-def forward_tile(size: int) -> tuple[int, int, int]:
-    """Rows and columns of a forward program's tile, and its warps: 16 elements a thread."""
-    return _tile(size, FORWARD_ELEMENTS)
-
-
-def backward_tile(size: int) -> tuple[int, int, int]:
-    """As `forward_tile`; two long rows at a time, so that what they wait for is shared."""
-    return _tile(size, max(FORWARD_ELEMENTS, min(BACKWARD_ELEMENTS, 2 * next_power_of_two(size))))
-
-
-def _tile(size: int, num_elements: int) -> tuple[int, int, int]:
+def tile(size: int) -> tuple[int, int, int]:
+    """Rows and columns of a program's tile, and its warps: 16 elements a thread."""
     block = next_power_of_two(size)
-    rows = max(1, min(MOST_ROWS, num_elements // block))
+    rows = max(1, min(MOST_ROWS, TILE_ELEMENTS // block))
     return rows, block, max(1, min(32, rows * block // 512))
+
+
+def backward_stages(size: int) -> int:
+    """Tiles of backward in shared memory at once, the one that is computed included; long rows leave room for fewer."""
+    elements = next_power_of_two(size)
+    return 4 if elements <= 4096 else 2 if elements <= 8192 else 1
 
 
 @torch.library.custom_op(
@@ -213,7 +208,7 @@ def _forward(
     if y.numel() == 0:
         return y, total, means, scales
     added = rows if residual is None else as_rows(residual)
-    tile_rows, block, num_warps = forward_tile(size)
+    tile_rows, block, num_warps = tile(size)
     layer_norm_forward[(ceil_div(rows.size(0), tile_rows),)](
         rows, added, weight if branch_bias is None else branch_bias, weight, bias, total, y, means, scales,
         rows.size(0), size, rows.stride(0), added.stride(0), eps,
@@ -251,14 +246,14 @@ def _backward(
     if dx.numel() == 0:
         return dx, weight.new_zeros((vectors, size))
     added = gradients if dtotal is None else as_rows(dtotal)
-    tile_rows, block, num_warps = backward_tile(size)
+    tile_rows, block, num_warps = tile(size)
     programs = num_strips(ceil_div(values.size(0), tile_rows), x.device, resident=RESIDENT)
     sums = block <= WIDEST_WITH_SUMS
     partial = x.new_empty((programs, vectors, size), dtype=torch.float32)
     layer_norm_backward[(programs,)](
         gradients, added, values, weight, mean, scale, dx, partial,
         values.size(0), size, gradients.stride(0), added.stride(0), values.stride(0),
-        ADDS=dtotal is not None, BRANCH=branch, SUMS=sums, ROWS=tile_rows, BLOCK=block, STAGES=BACKWARD_STAGES,
+        ADDS=dtotal is not None, BRANCH=branch, SUMS=sums, ROWS=tile_rows, BLOCK=block, STAGES=backward_stages(size),
         num_warps=num_warps,
     )  # fmt: skip
     if not sums:

@@ -52,15 +52,18 @@ class ParallelAttention(nn.Module):
         self.alibi = AlibiSlopes(shape.num_heads, tp=spread.tp) if shape.alibi else None
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        mixed = self.query_key_value(x)  # [s, b, h] -> [s, b, 3h/t]
+        bias = self.query_key_value.added_bias() if self.core.sums_bias_gradient else None
+        # [s, b, h] -> [s, b, 3h/t]
+        mixed = self.query_key_value(x) if bias is None else self.query_key_value.with_bias(x, bias.detach())
         mixed = mixed.view(*mixed.shape[:2], self.num_local_heads, 3, self.head_size)  # -> [s, b, n/t, 3, d]
-        context = self._attend(mixed, mask)  # -> [s, b, h/t]
+        context = self._attend(mixed, mask, bias)  # -> [s, b, h/t]
         projected: Tensor = self.dense(context)  # -> [s, b, h]
         return projected
 
-    def _attend(self, mixed: Tensor, mask: Tensor | None) -> Tensor:
+    def _attend(self, mixed: Tensor, mask: Tensor | None, bias: Tensor | None) -> Tensor:
         attend = functools.partial(
             self.core.from_fused,
+            bias=bias,
             slopes=None if self.alibi is None else self.alibi(),
             mask=mask,
             dropout=self.dropout,

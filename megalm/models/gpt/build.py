@@ -55,7 +55,7 @@ def choose_kernels(
         "layer_norm": choose("layer_norm", layer_norm, device),
         "linear": choose("linear", linear, device),
         "head": choose("head", head, device),
-        "dropout_add": choose("dropout_add", dropout_add, device),
+        "dropout_add": choose("dropout_add", dropout_add, device, drops=model.hidden_dropout > 0.0),
     }
     if model.glu_activation is not None:
         glu = choose("glu", bias_gelu, device)

@@ -33,7 +33,7 @@ TOLERANCE = {torch.float32: 6e-6, torch.bfloat16: 6e-2, torch.float16: 1e-2}
 @pytest.fixture(autouse=True)
 def device(triton_device: torch.device, monkeypatch: pytest.MonkeyPatch) -> torch.device:
     if not ON_GPU:
-        monkeypatch.setattr(triton_launch, "cut_for", lambda head_size, dtype, dropout=False: TINY)
+        monkeypatch.setattr(triton_launch, "cut_for", lambda *_, **__: TINY)
     return triton_device
 
 
@@ -230,6 +230,24 @@ def test_a_fused_projection_gives_the_same_and_takes_its_gradient_whole(device: 
     assert gradients[0].is_contiguous()
     torch.testing.assert_close(*results, rtol=0, atol=6e-6)
     torch.testing.assert_close(*gradients, rtol=0, atol=6e-6)
+
+
+@pytest.mark.parametrize("d", [16, 40])
+@pytest.mark.parametrize("queries, keys", [(32, 32), (64, 32)])
+def test_the_bias_of_a_projection_gets_the_sum_of_its_gradient(
+    queries: int, keys: int, d: int, monkeypatch: pytest.MonkeyPatch, device: torch.device
+) -> None:
+    cut = Cut(Blocks(64, 32, 4, 2), Blocks(queries, 32, 4, 1), Blocks(32, keys, 4, 1))
+    monkeypatch.setattr(triton_launch, "cut_for", lambda *_, **__: cut)
+    s, b, n = 77, 2, 2
+    generator = torch.Generator().manual_seed(1)
+    mixed = torch.randn(s, b, n, 3, d, generator=generator).to(device).requires_grad_()
+    bias = torch.zeros(n * 3 * d, device=device, requires_grad=True)
+    core, slopes = TritonAttention(), alibi_slopes(n).to(device)
+    result = core.from_fused(mixed, slopes=slopes, mask=None, dropout=0.0, training=True, bias=bias)
+    whole, summed = torch.autograd.grad(result, (mixed, bias), torch.randn(s, b, n * d, generator=generator).to(device))
+    # fp32 sums of 154 terms below 4, in another order.
+    torch.testing.assert_close(summed, whole.sum((0, 1)).flatten(), rtol=0, atol=154 * 4 * 2.0**-23)
 
 
 def test_strides_that_the_hardware_cannot_read_are_copied(device: torch.device) -> None:

@@ -59,7 +59,7 @@ def test_named_jit_is_refused_and_auto_avoids_it_where_scripting_fails(monkeypat
     assert "no TorchScript" in gpu_choice.reason
 
 
-@pytest.mark.parametrize("operation", ["layer_norm", "bias_gelu", "glu", "head", "dropout_add"])
+@pytest.mark.parametrize("operation", ["layer_norm", "bias_gelu", "glu", "head", "dropout_add", "gradient_sum"])
 def test_triton_by_name_is_refused_on_a_cpu_and_where_it_is_not_installed(
     operation: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -72,10 +72,18 @@ def test_triton_by_name_is_refused_on_a_cpu_and_where_it_is_not_installed(
 
 
 @pytest.mark.skipif(not INSTALLED, reason="Triton is not installed")
-@pytest.mark.parametrize("operation", ["layer_norm", "bias_gelu", "glu", "head"])
+@pytest.mark.parametrize("operation", ["layer_norm", "bias_gelu", "glu", "head", "gradient_sum"])
 def test_auto_takes_triton_on_a_gpu(operation: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(self_check, "failure", lambda *_, **__: None)  # it needs the GPU
     assert backend.choose(operation, "auto", torch.device("cuda")).name == "triton"
+
+
+@pytest.mark.skipif(not INSTALLED, reason="Triton is not installed")
+def test_auto_fuses_dropout_only_where_something_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(self_check, "failure", lambda *_, **__: None)  # it needs the GPU
+    picks = {drops: backend.choose("dropout_add", "auto", torch.device("cuda"), drops=drops).name for drops in (0, 1)}
+    assert picks == {0: "torch", 1: "triton"}
+    assert backend.choose("dropout_add", "auto", CPU, drops=True).name == "torch"
 
 
 def test_only_tritons_layer_norm_brings_the_addition_along() -> None:

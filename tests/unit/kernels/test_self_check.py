@@ -24,7 +24,7 @@ needs_triton = pytest.mark.skipif(not INSTALLED, reason="Triton is not installed
 
 
 @needs_triton
-@pytest.mark.parametrize("operation", ["attention", "layer_norm", "bias_gelu", "glu", "head"])
+@pytest.mark.parametrize("operation", backend.COMPILED_HERE["triton"])
 def test_every_triton_kernel_passes(operation: str, triton_device: torch.device) -> None:
     kernel = backend._CANDIDATES[operation]["triton"].build()
     uses = [BLOOM, replace(BLOOM, documents=True)] if operation == "attention" else [None]

@@ -71,13 +71,11 @@ def launches() -> Iterator[Launch]:
     yield Launch("row gradient", triton_rows.cross_entropy_gradient, constants, warps)
     yield Launch("scale", triton_rows.cross_entropy_scale, {"BLOCK": triton_rows.SCALE_BLOCK}, 8)
     for width in WIDTHS:
+        rows, block, warps = norm.tile(width)
         for adds in (False, True):
-            rows, block, warps = norm.forward_tile(width)
             constants = {"ADDS": adds, "ROWS": rows, "BLOCK": block}
             yield Launch(f"norm {width}, adds {adds}", norm.layer_norm_forward, constants, warps)
-            rows, block, warps = norm.backward_tile(width)
-            constants = {"ADDS": adds, "ROWS": rows, "BLOCK": block}
-            constants |= {"BRANCH": adds, "SUMS": block <= norm.WIDEST_WITH_SUMS, "STAGES": norm.BACKWARD_STAGES}
+            constants |= {"BRANCH": adds, "SUMS": block <= norm.WIDEST_WITH_SUMS, "STAGES": norm.backward_stages(width)}
             yield Launch(f"norm backward {width}, adds {adds}", norm.layer_norm_backward, constants, warps)
     constants = {"BRANCH": True, "ROWS": norm.SUM_ROWS, "COLUMNS": norm.SUM_COLUMNS}
     yield Launch("norm sums", norm.layer_norm_sums, constants, norm.SUM_WARPS)
