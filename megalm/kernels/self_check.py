@@ -27,8 +27,20 @@ BOUND = 0.05
 """Largest difference from the reference in fp32, over its largest value: several roundings to 8 bits of mantissa."""
 EPSILON = 1e-5
 
-Draw = Callable[..., Tensor]
 Results = tuple[Tensor, ...]
+
+
+class Draw:
+    """Random tensors on the device. A GPU gets as many rows and positions as make programs go round their loops."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._generator = torch.Generator().manual_seed(17)
+        self._device = device
+        self._dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        self.num_rows, self.num_positions = (20_011, 700) if device.type == "cuda" else (67, 150)
+
+    def __call__(self, *shape: int) -> Tensor:
+        return torch.randn(shape, generator=self._generator).to(self._device, self._dtype)
 
 
 def failure(operation: str, kernel: Any, device: torch.device, *, use: AttentionUse | None = None) -> str | None:
@@ -39,14 +51,8 @@ def failure(operation: str, kernel: Any, device: torch.device, *, use: Attention
     check = _CHECKS.get(operation)
     if check is None:
         return None
-    generator = torch.Generator().manual_seed(17)
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator).to(device, dtype)
-
     try:
-        for name, got, wanted in check(kernel, draw, use):
+        for name, got, wanted in check(kernel, Draw(device), use):
             difference = (got.float() - wanted.float()).abs().max().item()
             if not difference <= BOUND * max(wanted.float().abs().max().item(), EPSILON):
                 return f"{name} differs from the reference by {difference:.3g}"
@@ -59,13 +65,14 @@ Check = Callable[[Any, Draw, AttentionUse | None], list[tuple[str, Tensor, Tenso
 
 
 def _attention(kernel: Any, draw: Draw, use: AttentionUse | None) -> list[tuple[str, Tensor, Tensor]]:
-    s, b, n, d = 150, 2, 4, use.head_size if use is not None else 64
+    b, n, d = 2, 4, use.head_size if use is not None else 64
+    s = draw.num_positions
     mixed = draw(s, b, n, 3, d)
     slopes = alibi_slopes(n).to(mixed.device) if use is None or use.alibi else None
     starts = None
     if use is not None and use.documents:
         positions = torch.arange(s, device=mixed.device, dtype=torch.int32)
-        starts = torch.where(positions < 70, 0, 70).to(torch.int32).expand(b, s).contiguous()
+        starts = torch.where(positions < s // 2, 0, s // 2).to(torch.int32).expand(b, s).contiguous()
     options: dict[str, Any] = {"slopes": slopes, "mask": starts, "dropout": 0.0, "training": True}
     sums = kernel.sums_bias_gradient
 
@@ -83,9 +90,9 @@ def _attention(kernel: Any, draw: Draw, use: AttentionUse | None) -> list[tuple[
 def _layer_norm(kernel: Any, draw: Draw, use: AttentionUse | None) -> list[tuple[str, Tensor, Tensor]]:
     from megalm.kernels.layer_norm.triton_norm import add_layer_norm, layer_norm_and_pass
 
-    h = 1024
-    norm = (draw(67, h), draw(h), draw(h))
-    added = (draw(67, h), draw(h), draw(67, h), draw(h), draw(h))
+    rows, h = draw.num_rows, 1024
+    norm = (draw(rows, h), draw(h), draw(h))
+    added = (draw(rows, h), draw(h), draw(rows, h), draw(h), draw(h))
 
     def reference(x: Tensor, branch: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> Results:
         total = residual + (x + branch)
@@ -102,11 +109,11 @@ def _layer_norm(kernel: Any, draw: Draw, use: AttentionUse | None) -> list[tuple
 
 
 def _bias_gelu(kernel: Any, draw: Draw, use: AttentionUse | None) -> list[tuple[str, Tensor, Tensor]]:
-    return _compared(kernel, bias_gelu, (draw(67, 512), draw(512)), draw)
+    return _compared(kernel, bias_gelu, (draw(draw.num_rows, 512), draw(512)), draw)
 
 
 def _glu(kernel: Any, draw: Draw, use: AttentionUse | None) -> list[tuple[str, Tensor, Tensor]]:
-    return _compared(kernel("swiglu"), torch_glu("swiglu"), (draw(67, 512), draw(512)), draw)
+    return _compared(kernel("swiglu"), torch_glu("swiglu"), (draw(draw.num_rows, 512), draw(512)), draw)
 
 
 def _head(kernel: Any, draw: Draw, use: AttentionUse | None) -> list[tuple[str, Tensor, Tensor]]:
@@ -135,7 +142,7 @@ def _gradient_sum(kernel: Any, draw: Draw, use: AttentionUse | None) -> list[tup
 
 def _dropout_add(kernel: Any, draw: Draw, use: AttentionUse | None) -> list[tuple[str, Tensor, Tensor]]:
     """Without dropout, whose random numbers are each kernel's own; and that about a quarter of 0.25 is dropped."""
-    inputs = (draw(67, 512), draw(512), draw(67, 512))
+    inputs = (draw(draw.num_rows, 512), draw(512), draw(draw.num_rows, 512))
     x, bias, zero = torch.ones_like(inputs[0]), torch.zeros_like(inputs[1]), torch.zeros_like(inputs[2])
     with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
         kept = (kernel(x, bias, zero, 0.25, True) != 0).float().mean()

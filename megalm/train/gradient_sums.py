@@ -85,11 +85,18 @@ class GradientSums:
 def take_over_sums(owner: Any, optimizer: torch.optim.Optimizer, kernel: GradientSumKernel) -> None:
     """Have `GradientSums` add up a BF16_Optimizer's gradients, and `optimizer`, which it wraps, clip them."""
     sums = GradientSums(owner, kernel)
-    read = owner.get_grads_for_reduction
+    read, read_for_norm = owner.get_grads_for_reduction, owner.get_grads_for_norm
 
     def get_grads_for_reduction() -> Any:
         sums.add_waiting()
         return read()
+
+    def get_grads_for_norm(for_clipping: bool = False) -> Any:
+        found = read_for_norm(for_clipping)
+        if for_clipping or not found[0]:
+            return found
+        # DeepSpeed takes the norm of one tensor after the other; that of all their norms is the same.
+        return [torch.stack(torch._foreach_norm(found[0], 2.0))], *found[1:]
 
     def zero_grad(set_to_none: bool = True) -> None:
         owner.clear_lp_grads(set_to_none)  # `step` has cleared the sums already.
@@ -97,5 +104,6 @@ def take_over_sums(owner: Any, optimizer: torch.optim.Optimizer, kernel: Gradien
     owner._update_hp_grad = sums.add
     owner.zero_grad = zero_grad
     owner.get_grads_for_reduction = get_grads_for_reduction
+    owner.get_grads_for_norm = get_grads_for_norm
     if isinstance(optimizer, AdamW):
         optimizer.norm_from_engine = lambda: owner._global_grad_norm

@@ -52,8 +52,8 @@ class Cut:
 # The fastest of those timed on a Hopper GPU (docs/log.md): one warpgroup a program and two or three programs on a
 # multiprocessor, so that one's exponentials hide behind another's products; and small blocks, which find more keys out
 # of sight. Random bits take registers: dropout has its own blocks.
-_HALF_64 = Cut(Blocks(64, 64, 4, 2), Blocks(64, 64, 4, 2), Blocks(64, 64, 4, 2))
-_HALF_128 = Cut(Blocks(64, 64, 4, 3), Blocks(64, 32, 4, 2), Blocks(64, 64, 4, 2))
+_HALF_64 = Cut(Blocks(64, 64, 4, 3), Blocks(64, 64, 4, 3), Blocks(64, 64, 4, 2))
+_HALF_128 = Cut(Blocks(64, 64, 4, 3), Blocks(64, 32, 4, 3), Blocks(64, 64, 4, 2))
 _HALF_64_DROPOUT = Cut(Blocks(64, 32, 4, 3), Blocks(64, 32, 4, 3), Blocks(64, 64, 4, 2))
 _HALF_128_DROPOUT = Cut(Blocks(64, 32, 4, 3), Blocks(64, 32, 4, 3), Blocks(32, 64, 4, 3))
 _GROUPED = Blocks(32, 64, 4, 2)

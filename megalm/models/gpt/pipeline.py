@@ -125,6 +125,7 @@ class GPTPipeline(PipelineModule):
             return fused_next_token_loss(head, *labels_and_mask, plan=plan)
 
         self._parameters_of_layer = layer_parameters(plan.shape)
+        self._mode_is_set = False
         # DeepSpeed prints its partition; `stages` gives it to whoever logs.
         with contextlib.redirect_stdout(io.StringIO()):
             super().__init__(
@@ -144,6 +145,15 @@ class GPTPipeline(PipelineModule):
     def _synchronize_tied_weights(self) -> None:
         # DeepSpeed 0.19 broadcasts with gradients on, which leaves a warning on every later backward.
         super()._synchronize_tied_weights()
+
+    def train(self, mode: bool = True) -> GPTPipeline:
+        """Set the mode of every module; at once if it is set, as DeepSpeed asks at every step."""
+        return self if mode == self.training and self._mode_is_set else self._set_mode(mode)
+
+    def _set_mode(self, mode: bool) -> GPTPipeline:
+        super().train(mode)
+        self._mode_is_set = True
+        return self
 
     def stages(self) -> list[range]:
         """Positions of the layers that each stage owns."""

@@ -36,6 +36,8 @@ def _owner() -> Any:
         fp32_groups_gradients_flat=flat,
         fp32_groups_has_gradients=[[False] * 2, [False] * 3],
         get_grads_for_reduction=lambda: flat,
+        get_grads_for_norm=lambda for_clipping=False: (sums[0] + sums[1], {}),
+        clear_lp_grads=lambda set_to_none: None,
         _global_grad_norm=None,
     )
 
@@ -90,3 +92,15 @@ def test_tables_that_add_by_themselves_are_told_where() -> None:
     assert owner.fp32_groups_gradients_flat[0][:12].tolist() == [1.0] * 12
     assert owner.fp32_groups_has_gradients[0] == [True, False]
     assert gradient_sum_of(owner.bf16_groups[0][1]) is None
+
+
+def test_the_norm_of_all_sums_is_measured_in_one_call() -> None:
+    owner = _owner()
+    take_over_sums(owner, torch.optim.SGD(owner.bf16_groups[0], lr=1.0), TorchGradientSum())
+    generator = torch.Generator().manual_seed(0)
+    for flat in owner.fp32_groups_gradients_flat:
+        flat.copy_(torch.randn(flat.shape, generator=generator))
+    (norms,), _ = owner.get_grads_for_norm()
+    everything = torch.cat([*owner.fp32_groups_gradients[0], *owner.fp32_groups_gradients[1]])
+    torch.testing.assert_close(norms.norm(), everything.norm(), rtol=1e-6, atol=0)
+    assert len(owner.get_grads_for_norm(for_clipping=True)[0]) == 5
