@@ -238,7 +238,10 @@ def _preference(operation: str, device: torch.device, use: AttentionUse | None, 
         return "torch", "torch's own matrix products"
     if operation == "head":
         if _triton_obstacle(device) is None:
-            return "triton", "the logits of all tokens are never in memory, and those of some are read twice"
+            return (
+                "triton",
+                "the logits of all tokens are never in memory, those of some become their gradient in one pass",
+            )
         return "chunked", "the logits of all tokens are never in memory"
     if operation == "attention":
         return preferred_core(device, use)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
@@ -150,13 +152,15 @@ def build_engine(
 
     _quieten_deepspeed()
     pipelined = isinstance(module, PipelineModule)
-    raw, *_ = deepspeed.initialize(
-        model=module,
-        optimizer=optimizer,
-        config=deepspeed_config,
-        mpu=None if pipelined else Mpu(topology),
-        dist_init_required=False,
-    )
+    # DeepSpeed 0.19 prints its memory eight times while it sets up bf16.
+    with contextlib.redirect_stdout(io.StringIO()):
+        raw, *_ = deepspeed.initialize(
+            model=module,
+            optimizer=optimizer,
+            config=deepspeed_config,
+            mpu=None if pipelined else Mpu(topology),
+            dist_init_required=False,
+        )
     if isinstance(raw.optimizer, BF16_Optimizer):
         take_over_sums(raw.optimizer, optimizer, gradient_sum or TorchGradientSum())
     return PipelineTrainingEngine(raw, topology) if pipelined else DataParallelTrainingEngine(raw, topology)
