@@ -27,7 +27,7 @@ step() { # step MODEL ARGUMENTS...
 for part in $parts; do
     case $part in
         tests)
-            run tests "$python" -m pytest -q tests/gpu tests/unit/kernels tests/unit/train/test_compile.py \
+            run tests "$python" -m pytest -v tests/gpu tests/unit/kernels tests/unit/train/test_compile.py \
                 tests/unit/parallel
             ;;
         kernels) run kernels "$python" benchmarks/kernels.py --json "$folder/kernels.json" ;;
