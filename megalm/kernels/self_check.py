@@ -34,13 +34,13 @@ class Draw:
     """Random tensors on the device. A GPU gets as many rows and positions as make programs go round their loops."""
 
     def __init__(self, device: torch.device) -> None:
-        self._generator = torch.Generator().manual_seed(17)
-        self._device = device
+        self._generator = torch.Generator(device).manual_seed(17)
         self._dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         self.num_rows, self.num_positions = (20_011, 700) if device.type == "cuda" else (67, 150)
 
     def __call__(self, *shape: int) -> Tensor:
-        return torch.randn(shape, generator=self._generator).to(self._device, self._dtype)
+        device = self._generator.device
+        return torch.randn(shape, generator=self._generator, device=device).to(self._dtype)
 
 
 def failure(operation: str, kernel: Any, device: torch.device, *, use: AttentionUse | None = None) -> str | None:

@@ -125,7 +125,6 @@ class GPTPipeline(PipelineModule):
             return fused_next_token_loss(head, *labels_and_mask, plan=plan)
 
         self._parameters_of_layer = layer_parameters(plan.shape)
-        self._mode_is_set = False
         # DeepSpeed prints its partition; `stages` gives it to whoever logs.
         with contextlib.redirect_stdout(io.StringIO()):
             super().__init__(
@@ -147,13 +146,8 @@ class GPTPipeline(PipelineModule):
         super()._synchronize_tied_weights()
 
     def train(self, mode: bool = True) -> GPTPipeline:
-        """Set the mode of every module; at once if it is set, as DeepSpeed asks at every step."""
-        return self if mode == self.training and self._mode_is_set else self._set_mode(mode)
-
-    def _set_mode(self, mode: bool) -> GPTPipeline:
-        super().train(mode)
-        self._mode_is_set = True
-        return self
+        """Set the mode of every module, which is one for all; at once if it is set, as DeepSpeed asks at every step."""
+        return self if mode == self.training else super().train(mode)
 
     def stages(self) -> list[range]:
         """Positions of the layers that each stage owns."""

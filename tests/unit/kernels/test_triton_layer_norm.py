@@ -24,6 +24,12 @@ def example(rows: int, size: int, dtype: torch.dtype, weight_dtype: torch.dtype,
     return [t.to(device, d).requires_grad_() for t, d in zip(wide, dtypes, strict=True)]
 
 
+def treat_rows_as_wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take the kernels of rows of more than 8,192."""
+    monkeypatch.setattr(triton_norm, "WIDEST_WITH_SUMS", 16)
+    monkeypatch.setattr(triton_norm, "SUM_COLUMNS", 32)
+
+
 def upstream(like: Tensor, seed: int = 1) -> Tensor:
     return torch.randn(like.shape, generator=torch.Generator().manual_seed(seed)).to(like.device, like.dtype)
 
@@ -67,9 +73,8 @@ def test_layer_norm_rounds_once_forward_and_backward(
 def test_layer_norm_beside_a_residual_adds_both_gradients_and_rounds_once(
     dtype: torch.dtype, wide: bool, monkeypatch: pytest.MonkeyPatch, triton_device: torch.device
 ) -> None:
-    if wide:  # as rows of more than 8,192 are
-        monkeypatch.setattr(triton_norm, "WIDEST_WITH_SUMS", 16)
-        monkeypatch.setattr(triton_norm, "SUM_COLUMNS", 32)
+    if wide:
+        treat_rows_as_wide(monkeypatch)
     x, _, _, weight, bias = example(37, 72, dtype, torch.float32, triton_device)
     exact = [t.detach().double().requires_grad_() for t in (x, weight, bias)]
     normed, passed = layer_norm_and_pass(x, weight, bias, EPS)
@@ -89,9 +94,8 @@ def test_layer_norm_beside_a_residual_adds_both_gradients_and_rounds_once(
 def test_addition_and_layer_norm_in_one_equal_the_two_apart(
     dtype: torch.dtype, wide: bool, monkeypatch: pytest.MonkeyPatch, triton_device: torch.device
 ) -> None:
-    if wide:  # as rows of more than 8,192 are
-        monkeypatch.setattr(triton_norm, "WIDEST_WITH_SUMS", 16)
-        monkeypatch.setattr(triton_norm, "SUM_COLUMNS", 32)
+    if wide:
+        treat_rows_as_wide(monkeypatch)
     ours = example(37, 72, dtype, torch.float32, triton_device)
     exact = [t.detach().double().requires_grad_() for t in ours]
     total, normed = add_layer_norm(*ours, EPS)
