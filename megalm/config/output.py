@@ -89,6 +89,12 @@ class OutputConfig:
         doc="Compile each block with torch.compile: on, off, or auto: on GPUs with Triton and a C compiler.",
         choices=("auto", "on", "off"),
     )
+    cuda_graph: str = option(
+        "auto",
+        doc="Run forward and backward of a micro-batch as one CUDA graph: on, off, or auto: on a GPU that holds the "
+        "whole model, in bf16, without dropout.",
+        choices=("auto", "on", "off"),
+    )
 
     profile: bool = option(
         False, doc="Profile some steps on the ranks of the first replica: a trace, and each kernel family's share."

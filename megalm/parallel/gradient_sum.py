@@ -1,12 +1,12 @@
 """Gradients that whoever computes them adds to the parameter's fp32 sum, without a gradient of the parameter's size.
 
-A vocabulary's table is the largest parameter of a model of a few billion. Its gradient has two parts, of the lookup and
-of the head, which autograd would write out, add up and hand on; here both go straight into the sum.
+A linear layer's matrix product adds to the sum as it ends. A vocabulary's table, the largest parameter of a model of a
+few billion, has a gradient of two parts, of the lookup and of the head, which autograd would write out, add up and hand
+on; here both go straight into the sum.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,24 +19,18 @@ from megalm.kernels.gradient_sum.protocol import GradientSumKernel
 
 @dataclass(frozen=True)
 class GradientSum:
-    """Where the gradients of one parameter add up over the micro-batches of a step.
-
-    `total` has the shape of the parameter, in fp32; `announce` tells its owner that something was added.
-    """
+    """Where the gradients of one parameter add up over the micro-batches of a step: `total`, in fp32, of its shape."""
 
     total: Tensor
     kernel: GradientSumKernel
-    announce: Callable[[], None]
 
     def add(self, gradient: Tensor, *, factor: Tensor | None = None) -> None:
         """Add factor * gradient."""
         self.kernel.add_(self.total, gradient, factor=factor)
-        self.announce()
 
     def add_rows(self, ids: Tensor, rows: Tensor) -> None:
         """Add each row to that of its id; negative ids are left out. Shapes: ids [...], rows [..., h]."""
         self.kernel.add_rows_(self.total, ids.reshape(-1), rows.reshape(-1, rows.size(-1)))
-        self.announce()
 
 
 def mark_adding(parameter: nn.Parameter) -> nn.Parameter:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megalm.kernels.linear.protocol import LinearKernel
-from megalm.kernels.linear.torch_native import TorchLinear
+from megalm.kernels.linear.torch_native import TorchLinear, add_weight_gradient, linear_backward
 from megalm.parallel.collectives import (
     gather_from,
     reduce_from,
@@ -18,6 +18,7 @@ from megalm.parallel.collectives import (
     start_gather_sequence,
     start_reduce_scatter_sequence,
 )
+from megalm.parallel.gradient_sum import GradientSum, mark_adding
 from megalm.parallel.replicated import sum_gradient_over
 from megalm.parallel.shard import mark_replicated, mark_sharded, shard_size
 from megalm.topology.group import SOLO, Group
@@ -36,14 +37,44 @@ def linear(
 ) -> Tensor:
     """x W^T + b, entering a tensor-parallel region if `tp` has several ranks: the same x on each, its gradients summed.
 
+    The weight's gradient goes to its `GradientSum`, if it has one; autograd then gets none.
+
     Shapes: x [s, b, in] ([s/t, b, in] with sequence_parallel), weight [out, in], bias [out] -> [s, b, out].
     Communicates: an all-reduce of x's gradient; with sequence_parallel, an all-gather of x in forward and again in
         backward, and a reduce-scatter of its gradient. What backward sends travels while it multiplies.
     """
-    if tp.size == 1 and kernel.name == TORCH.name:
-        return F.linear(x, weight, bias)
-    y: Tensor = _Linear.apply(x, weight, bias, kernel, tp, sequence_parallel and tp.size > 1)
+    found: GradientSum | None = getattr(weight, "gradient_sum", None) if torch.is_grad_enabled() else None
+    y: Tensor
+    if tp.size > 1 or kernel.name != TORCH.name:
+        y = _Linear.apply(x, weight, bias, kernel, tp, sequence_parallel and tp.size > 1, found)
+    elif found is not None:
+        y = _AddingLinear.apply(x, weight, bias, found.total)
+    else:
+        y = F.linear(x, weight, bias)
     return y
+
+
+class _AddingLinear(torch.autograd.Function):
+    """F.linear that adds its weight's gradient to a sum. Of tensors alone, so that torch.compile looks into it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, total: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight, total)
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        x, weight, total = ctx.saved_tensors
+        wants_x, wants_weight, wants_bias, _ = ctx.needs_input_grad
+        grad_x, grad_weight = None, None
+        if wants_x and wants_weight:
+            grad_x = linear_backward(total, grad, x, weight)
+        elif wants_x:
+            grad_x = grad @ weight
+        elif wants_weight:  # A graph would leave out an operation without a result; the engine adds this one.
+            grad_weight = TORCH.weight_gradient(grad, x)
+        return grad_x, grad_weight, grad.flatten(0, -2).sum(0) if wants_bias else None, None
 
 
 class _Linear(torch.autograd.Function):
@@ -56,9 +87,10 @@ class _Linear(torch.autograd.Function):
         kernel: LinearKernel,
         tp: Group,
         sequence_parallel: bool,
+        total: GradientSum | None,
     ) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.kernel, ctx.tp, ctx.sequence_parallel = kernel, tp, sequence_parallel
+        ctx.kernel, ctx.tp, ctx.sequence_parallel, ctx.total = kernel, tp, sequence_parallel, total
         if sequence_parallel:
             whole, gathering = start_gather_sequence(x, tp)
             gathering.wait()
@@ -66,7 +98,7 @@ class _Linear(torch.autograd.Function):
         return kernel.output(x, weight, bias)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
         x, weight = ctx.saved_tensors
         wants_x, wants_weight, wants_bias = ctx.needs_input_grad[:3]
@@ -85,11 +117,17 @@ class _Linear(torch.autograd.Function):
                 reducing = dist.all_reduce(grad_x, group=ctx.tp.handle, async_op=True)
         if gathering is not None:
             gathering.wait()
-        grad_weight = ctx.kernel.weight_gradient(grad, x) if wants_weight else None
+        grad_weight = None
+        if wants_weight and ctx.total is None:
+            grad_weight = ctx.kernel.weight_gradient(grad, x)
+        elif wants_weight and ctx.kernel.name == TORCH.name:
+            add_weight_gradient(ctx.total.total, grad, x)
+        elif wants_weight:
+            ctx.total.add(ctx.kernel.weight_gradient(grad, x))
         grad_bias = grad.flatten(0, -2).sum(0) if wants_bias else None
         if reducing is not None:
             reducing.wait()
-        return grad_x, grad_weight, grad_bias, None, None, None
+        return grad_x, grad_weight, grad_bias, None, None, None, None
 
 
 class ColumnParallelLinear(nn.Module):
@@ -125,7 +163,7 @@ class ColumnParallelLinear(nn.Module):
         self.sequence_parallel = sequence_parallel
         self.skip_bias_add = skip_bias_add
         self.kernel = kernel
-        self.weight = mark_sharded(nn.Parameter(torch.empty(local, in_size)), dim=0)
+        self.weight = mark_adding(mark_sharded(nn.Parameter(torch.empty(local, in_size)), dim=0))
         self.bias = mark_sharded(nn.Parameter(torch.empty(local)), dim=0) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -174,7 +212,7 @@ class RowParallelLinear(nn.Module):
         self.sequence_parallel = sequence_parallel
         self.skip_bias_add = skip_bias_add
         self.kernel = kernel
-        self.weight = mark_sharded(nn.Parameter(torch.empty(out_size, local)), dim=1)
+        self.weight = mark_adding(mark_sharded(nn.Parameter(torch.empty(out_size, local)), dim=1))
         self.bias = mark_replicated(nn.Parameter(torch.empty(out_size))) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -35,8 +36,10 @@ from megalm.topology.agree import exchange, together
 from megalm.topology.start import Launch, device_type, start, stop
 from megalm.topology.topology import Topology
 from megalm.train.compile import compile_blocks
+from megalm.train.cuda_graph import MicroBatchGraph, choose_cuda_graph
 from megalm.train.engine import Engine, build_engine
 from megalm.train.evaluation import Evaluator
+from megalm.train.gradient_sums import GradientSums
 from megalm.train.loop import Run
 from megalm.train.optimizer import build_optimizer
 from megalm.train.samples import sample_counts
@@ -123,8 +126,11 @@ def build(plan: Plan, topology: Topology) -> Run:
     for line in dict.fromkeys(itertools.chain(*exchange(datasets.warnings, topology.world))):
         console.warning(line)
     streams = RngStreams(config.training.seed, tp=topology.tp, pp=topology.pp, dp=topology.dp, device=topology.device)
-    module = _build_module(plan, topology, streams, console)
-    engine = _build_engine(config, module, topology, console)
+    module, attention = _build_module(plan, topology, streams, console)
+    graph = None
+    if choose_cuda_graph(config, topology, attention=attention, console=console):
+        graph = partial(MicroBatchGraph, console=console)
+    engine = _build_engine(config, module, topology, console, graph=graph)
     compile_watch = compile_blocks(
         module,
         requested=config.output.compile,
@@ -175,8 +181,8 @@ def _summary(plan: Plan, topology: Topology) -> str:
     )
 
 
-def _build_module(plan: Plan, topology: Topology, streams: RngStreams, console: Console) -> nn.Module:
-    """The whole model on one stage for ZeRO-2 and 3, otherwise this rank's pipeline stage."""
+def _build_module(plan: Plan, topology: Topology, streams: RngStreams, console: Console) -> tuple[nn.Module, str]:
+    """The whole model on one stage for ZeRO-2 and 3, otherwise this rank's pipeline stage; its attention's name."""
     config = plan.config
     documents = _document_rules(plan)
     kernels, choices = choose_kernels(
@@ -207,7 +213,8 @@ def _build_module(plan: Plan, topology: Topology, streams: RngStreams, console: 
         z_loss=config.training.z_loss_coeff,
     )
     if config.parallel.zero_stage >= 2:
-        return build_model(model_plan, seed=config.training.seed, num_threads=_threads_to_draw(topology.device))
+        model = build_model(model_plan, seed=config.training.seed, num_threads=_threads_to_draw(topology.device))
+        return model, choices["attention"].name
     pipeline = build_pipeline(
         model_plan,
         layout=topology.layout,
@@ -217,7 +224,7 @@ def _build_module(plan: Plan, topology: Topology, streams: RngStreams, console: 
     )
     for stage, layers in enumerate(pipeline.stages()):
         console.info(f"stage {stage}: layers {layers.start} to {layers.stop - 1}")
-    return pipeline
+    return pipeline, choices["attention"].name
 
 
 def _threads_to_draw(device: torch.device) -> int:
@@ -227,7 +234,14 @@ def _threads_to_draw(device: torch.device) -> int:
     return max(1, min(16, len(os.sched_getaffinity(0)) // torch.cuda.device_count()))
 
 
-def _build_engine(config: Config, module: nn.Module, topology: Topology, console: Console) -> Engine:
+def _build_engine(
+    config: Config,
+    module: nn.Module,
+    topology: Topology,
+    console: Console,
+    *,
+    graph: Callable[[Any, GradientSums], MicroBatchGraph] | None,
+) -> Engine:
     optimizer = build_optimizer(module, config.training, topology=topology, engine_clips=engine_clips(config))
     gradient_sum = None
     if config.training.dtype == "bf16" and effective_zero_stage(config) == 1:
@@ -235,7 +249,7 @@ def _build_engine(config: Config, module: nn.Module, topology: Topology, console
         console.info(f"gradient_sum: {choice.name} ({choice.reason})")
         gradient_sum = choice.implementation
     settings = deepspeed_json(config, dp_size=topology.dp.size)
-    return build_engine(module, optimizer, settings, topology, gradient_sum=gradient_sum)
+    return build_engine(module, optimizer, settings, topology, gradient_sum=gradient_sum, graph=graph)
 
 
 def _open_datasets(plan: Plan, *, verifies: bool, log: Callable[[str], None]) -> Datasets:

@@ -6,7 +6,7 @@ import contextlib
 import io
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,8 @@ from megalm.kernels.gradient_sum.oracle import TorchGradientSum
 from megalm.kernels.gradient_sum.protocol import GradientSumKernel
 from megalm.topology.mpu import Mpu
 from megalm.topology.topology import Topology
-from megalm.train.gradient_sums import take_over_sums
+from megalm.train.cuda_graph import MicroBatchGraph
+from megalm.train.gradient_sums import GradientSums, take_over_sums
 
 
 @dataclass(frozen=True)
@@ -80,10 +81,16 @@ class Engine(ABC):
 class PipelineTrainingEngine(Engine):
     """Any number of stages, one included, over DeepSpeed's PipelineEngine: 1F1B, ZeRO-0 or ZeRO-1."""
 
+    def __init__(self, raw: Any, topology: Topology, graph: MicroBatchGraph | None = None) -> None:
+        super().__init__(raw, topology)
+        self._graph = graph
+
     def _forward_backward_update(self, batches: Iterator[Batch]) -> torch.Tensor:
         loss: torch.Tensor = self.raw.train_batch(data_iter=_as_pipeline_input(batches, self._topology.device))
         # DeepSpeed 0.19 keeps two events of every step until it prints them, which it is told never to do.
         self.raw.timers("train_batch").reset()
+        if self._graph is not None:
+            self._graph.end_step()
         return loss
 
     def evaluate(self, batches: Iterator[Batch], *, num_micro_batches: int) -> float:
@@ -141,10 +148,12 @@ def build_engine(
     topology: Topology,
     *,
     gradient_sum: GradientSumKernel | None = None,
+    graph: Callable[[Any, GradientSums], MicroBatchGraph] | None = None,
 ) -> Engine:
     """Wrap a PipelineModule, or a plain module of one stage, in the engine that fits it.
 
     `gradient_sum` adds 16-bit gradients to fp32 sums where DeepSpeed keeps those for the whole model; torch by default.
+    `graph` makes one graph of a micro-batch that adds to those sums, on one stage.
     """
     import deepspeed
     from deepspeed.pipe import PipelineModule
@@ -161,9 +170,12 @@ def build_engine(
             mpu=None if pipelined else Mpu(topology),
             dist_init_required=False,
         )
+    sums = None
     if isinstance(raw.optimizer, BF16_Optimizer):
-        take_over_sums(raw.optimizer, optimizer, gradient_sum or TorchGradientSum())
-    return PipelineTrainingEngine(raw, topology) if pipelined else DataParallelTrainingEngine(raw, topology)
+        sums = take_over_sums(raw.optimizer, optimizer, gradient_sum or TorchGradientSum())
+    if not pipelined:
+        return DataParallelTrainingEngine(raw, topology)
+    return PipelineTrainingEngine(raw, topology, None if sums is None or graph is None else graph(raw, sums))
 
 
 def _quieten_deepspeed() -> None:

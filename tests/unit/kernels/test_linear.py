@@ -10,11 +10,12 @@ from megalm.errors import KernelError
 from megalm.kernels.backend import choose
 from megalm.kernels.linear import fp8, onednn
 from megalm.kernels.linear.protocol import LinearKernel
-from megalm.kernels.linear.torch_native import TorchLinear
+from megalm.kernels.linear.torch_native import TorchLinear, add_weight_gradient
 from megalm.parallel.linear import linear
 
 CPU = torch.device("cpu")
 needs_onednn = pytest.mark.skipif(onednn.obstacle(CPU) is not None, reason=f"{onednn.obstacle(CPU)}")
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 WIDE = [TorchLinear(), pytest.param(onednn.OneDnnLinear(), marks=needs_onednn)]
 # One rounding of each operand: half of the last bit of the mantissa, 3 bits in e4m3 and 2 in e5m2.
 E4M3_ROUNDING, E5M2_ROUNDING = 2.0**-4, 2.0**-3
@@ -131,3 +132,18 @@ def test_auto_never_takes_eight_bits_and_a_gpu_takes_no_cpu_kernel() -> None:
     assert choose("linear", "auto", torch.device("cuda")).name == "torch"
     with pytest.raises(KernelError, match=r"output\.linear = 'onednn' cannot run on cuda: oneDNN's products"):
         choose("linear", "onednn", torch.device("cuda"))
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_gpu)])
+@pytest.mark.parametrize("sizes", [(48, 32, 80), (4096, 256, 512), (3, 8, 24)], ids=str)
+def test_a_weight_s_gradient_is_added_to_an_fp32_sum(device: str, sizes: tuple[int, int, int]) -> None:
+    tokens, inputs, outputs = sizes
+    x, weight, _, grad = (value.to(device) for value in operands(tokens=tokens, inputs=inputs, outputs=outputs))
+    x, grad, total = x.bfloat16(), grad.bfloat16(), weight.clone()
+    add_weight_gradient(total, grad.view(1, tokens, outputs), x.view(1, tokens, inputs))
+    exact = TorchLinear().weight_gradient(grad.double(), x.double())
+    magnitude = TorchLinear().weight_gradient(grad.double().abs(), x.double().abs()) + weight.abs()
+    # A CPU rounds the product to bf16 before it is added; cuBLAS adds in fp32.
+    rounding = 2.0**-8 * exact.abs() if device == "cpu" else 0.0
+    assert total.dtype == torch.float32
+    assert ((total - weight - exact).abs() <= rounding + (tokens + 1) * 2.0**-24 * magnitude).all()

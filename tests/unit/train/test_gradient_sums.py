@@ -59,7 +59,6 @@ def test_vectors_of_a_group_are_added_in_one_call_and_matrices_one_by_one() -> N
     assert kernel.calls == 2 * (1 + 1)
     assert owner.fp32_groups_gradients_flat[1].tolist() == [3.0] * 4 + [6.0] * 3 + [9.0] * 2 + [0.0]
     assert [total.tolist() for total in owner.fp32_groups_gradients[0]] == [[0.0] * 12, [3.0] * 10]
-    assert owner.fp32_groups_has_gradients == [[False, True], [True] * 3]
     assert all(parameter._hp_grad is not None for parameter in owner.bf16_groups[1])
 
 
@@ -70,7 +69,6 @@ def test_vectors_that_wait_are_added_before_anybody_reads_the_sums() -> None:
     parameter.grad = torch.ones(4)
     owner._update_hp_grad(parameter, 1, 0, False)
     assert owner.get_grads_for_reduction()[1].tolist() == [1.0] * 4 + [0.0] * 6
-    assert owner.fp32_groups_has_gradients[1] == [True, False, False]
 
 
 def test_a_second_gradient_before_the_others_first_is_added_too() -> None:
@@ -82,7 +80,7 @@ def test_a_second_gradient_before_the_others_first_is_added_too() -> None:
     assert owner.fp32_groups_gradients[1][0].tolist() == [3.0] * 4
 
 
-def test_tables_that_add_by_themselves_are_told_where() -> None:
+def test_parameters_whose_users_add_are_told_where() -> None:
     owner = _owner()
     mark_adding(owner.bf16_groups[0][0])
     GradientSums(owner, TorchGradientSum())
@@ -90,8 +88,14 @@ def test_tables_that_add_by_themselves_are_told_where() -> None:
     assert found is not None
     found.add(torch.ones(3, 4, dtype=torch.bfloat16))
     assert owner.fp32_groups_gradients_flat[0][:12].tolist() == [1.0] * 12
-    assert owner.fp32_groups_has_gradients[0] == [True, False]
     assert gradient_sum_of(owner.bf16_groups[0][1]) is None
+
+
+def test_every_parameter_counts_in_the_norm_whoever_added_to_its_sum() -> None:
+    owner = _owner()
+    take_over_sums(owner, torch.optim.SGD(owner.bf16_groups[0], lr=1.0), TorchGradientSum())
+    owner.get_grads_for_norm()
+    assert owner.fp32_groups_has_gradients == [[True] * 2, [True] * 3]
 
 
 def test_the_norm_of_all_sums_is_measured_in_one_call() -> None:
