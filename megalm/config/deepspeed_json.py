@@ -80,6 +80,9 @@ def deepspeed_json(config: Config, *, dp_size: int) -> dict[str, Any]:
         # A gradient is added to its fp32 sum, and freed, as soon as it is computed.
         built["bf16"] = {"enabled": True, "immediate_grad_update": True}
         built["data_types"] = {"grad_accum_dtype": "fp32"}
+        if stage == 1:
+            # What was added up in fp32 travels in fp32; DeepSpeed would round it to bf16.
+            built["communication_data_type"] = "fp32"
     if training.dtype == "fp16":
         built["fp16"] = {
             "enabled": True,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import logging
 from abc import ABC, abstractmethod
@@ -173,6 +174,8 @@ def build_engine(
     sums = None
     if isinstance(raw.optimizer, BF16_Optimizer):
         sums = take_over_sums(raw.optimizer, optimizer, gradient_sum or TorchGradientSum())
+        if raw.communication_data_type == torch.float32:
+            raw._bf16_reduce_grads = functools.partial(sums.average, topology.dp)
     if not pipelined:
         return DataParallelTrainingEngine(raw, topology)
     return PipelineTrainingEngine(raw, topology, None if sums is None or graph is None else graph(raw, sums))

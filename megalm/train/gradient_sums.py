@@ -3,7 +3,8 @@
 DeepSpeed 0.19 casts every gradient to fp32 in memory and then adds it: 18 bytes a parameter and micro-batch in place of
 10, and two kernels for each of the many vectors of a model. Here linear layers and the vocabulary's table add their
 gradients to the sums themselves, any other matrix is added in one kernel, all vectors of a group together, and the
-update clips as it reads.
+update clips as it reads. Over replicas DeepSpeed would round the sums to bf16 and back, with one replica too; here they
+are summed in fp32, where they lie.
 """
 
 from __future__ import annotations
@@ -11,10 +12,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed
 from torch import Tensor, nn
 
 from megalm.kernels.gradient_sum.protocol import GradientSumKernel
 from megalm.parallel.gradient_sum import GradientSum, adds_gradients, give_gradient_sum
+from megalm.topology.group import Group
 from megalm.train.optimizer import AdamW
 
 
@@ -57,6 +60,17 @@ class GradientSums:
         """Add what still waits: somebody is about to read the sums."""
         for group in self._waiting:
             self._add_one_by_one(group)
+
+    def average(self, replicas: Group) -> None:
+        """Average the sums over the replicas, in fp32 and in place.
+
+        Communicates: one all-reduce of each group of parameters over `replicas`.
+        """
+        self.add_waiting()
+        if replicas.size > 1:
+            for flat in self._owner.fp32_groups_gradients_flat:
+                torch.distributed.all_reduce(flat, group=replicas.handle)
+                flat /= replicas.size
 
     def forget_waiting(self) -> None:
         """Leave out what still waits: it was never computed."""

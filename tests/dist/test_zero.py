@@ -82,3 +82,39 @@ def test_bf16_keeps_fp32_masters_and_accumulates_gradients_in_fp32(corpus: str) 
     assert masters == {"torch.float32"}
     assert gradients == {"torch.float32"}
     assert finer > 0.0, "masters that equal their bf16 weights would have lost small updates"
+
+
+def _sums_over_replicas() -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """The fp32 sums of bf16 gradients on this replica, and what the update then reads."""
+    from tests.support.training import TinyRun, tiny_config
+
+    run = TinyRun(tiny_config(dtype="bf16", hidden_dropout=0.0, attention_dropout=0.0))
+    raw, found = run.engine.raw, []
+
+    def copies() -> list[np.ndarray]:
+        return [flat.numpy().copy() for flat in raw.optimizer.fp32_groups_gradients_flat]
+
+    reduce, step = raw._bf16_reduce_grads, raw.optimizer.step
+
+    def reduce_grads() -> None:
+        found.append(copies())
+        reduce()
+
+    def update() -> None:
+        found.append(copies())
+        step()
+
+    raw._bf16_reduce_grads, raw.optimizer.step = reduce_grads, update
+    run.train(0, 1)
+    own, averaged = found
+    return own, averaged
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_sums_of_bf16_gradients_are_averaged_over_replicas_in_fp32(world_size: int) -> None:
+    outcomes = run_ranks(_sums_over_replicas, world_size)
+    for group, averaged in enumerate(outcomes[0][1]):
+        total = sum(own[group] for own, _ in outcomes)
+        np.testing.assert_array_equal(averaged, total / np.float32(world_size))
+        # bf16 keeps the upper 16 of the 32 bits.
+        assert np.any(averaged.view(np.uint32) & 0xFFFF), "the sums went through bf16"
