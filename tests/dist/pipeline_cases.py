@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -9,7 +10,9 @@ from torch import nn
 
 from megalm.config.model import ModelConfig
 from megalm.models.blocks.arrangement import Spread
-from megalm.models.gpt.build import build_model, build_pipeline, plan_gpt
+from megalm.kernels.layer_norm import oracle
+from megalm.models.blocks.block import ParallelTransformerLayer
+from megalm.models.gpt.build import build_model, build_pipeline, choose_kernels, plan_gpt
 from megalm.models.gpt.plan import DocumentRules, GPTPlan
 from megalm.models.gpt.weights import named_in_model, named_in_pipeline
 from megalm.topology.start import Launch, start
@@ -56,6 +59,30 @@ def _compare(plan: GPTPlan, topology: Any) -> Comparison:
 def _grad(parameter: nn.Parameter) -> torch.Tensor:
     assert parameter.grad is not None
     return parameter.grad
+
+
+def train_fused(pp: int) -> tuple[list[list[float]], list[bool]]:
+    """Losses of three steps through DeepSpeed's engine without and with additions fused into LayerNorm; which of this
+    stage's blocks then leave their addition to the next."""
+    import deepspeed
+
+    topology = start(Launch.from_environment(), tp=1, pp=pp, backend="gloo")
+    model = small.bloom(num_layers=4, init_std=0.2)
+    losses, left = [], []
+    for add_layer_norm in (None, oracle.add_layer_norm):
+        kernels, _ = choose_kernels(model, device=torch.device("cpu"))
+        plan = plan_gpt(model, kernels=replace(kernels, add_layer_norm=add_layer_norm), spread=Spread(tp=topology.tp))
+        pipeline = build_pipeline(plan, layout=topology.layout, partition=PARTITION, seed=6)
+        left = [m.leaves_addition for m in pipeline.forward_funcs if isinstance(m, ParallelTransformerLayer)]
+        settings = {"train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 3, "gradient_clipping": 0.0}
+        engine, *_ = deepspeed.initialize(
+            model=pipeline, optimizer=torch.optim.SGD(pipeline.parameters(), lr=0.5), config=settings
+        )
+        generator = torch.Generator().manual_seed(2)
+        tokens = [torch.randint(0, 96, (2, 17), generator=generator) for _ in range(9)]
+        batches = iter([(t[:, :-1], (t[:, 1:], torch.ones(2, 16))) for t in tokens])
+        losses.append([float(engine.train_batch(batches)) for _ in range(3)])
+    return losses, left
 
 
 def train_with_documents(pp: int) -> list[float]:

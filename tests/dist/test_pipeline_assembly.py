@@ -13,6 +13,7 @@ from tests.dist.pipeline_cases import (
     Stage,
     compare_with_model,
     describe_stage,
+    train_fused,
     train_with_documents,
 )
 from tests.support.ranks import run_ranks
@@ -42,6 +43,15 @@ def test_pipeline_of_one_stage_equals_gpt_bit_for_bit(comparisons: dict[str, Com
     assert comparison.loss_bits_equal
     assert comparison.grads_different == []
     assert comparison.grads_bit_equal, "no gradient was compared"
+
+
+@pytest.mark.parametrize("pp", [1, 2])
+def test_blocks_of_a_stage_leave_additions_to_each_other_and_send_sums(pp: int) -> None:
+    for (separate, fused), left in run_ranks(train_fused, pp, pp):
+        assert left == [True] * (4 // pp - 1) + [False]
+        # fp32 sums of the same numbers in another order, over three updates.
+        assert fused == pytest.approx(separate, rel=1e-5)
+        assert separate[2] < separate[0]
 
 
 @pytest.fixture(scope="module")

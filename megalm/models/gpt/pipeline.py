@@ -17,7 +17,7 @@ from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from torch import Tensor
 
-from megalm.models.blocks.block import ParallelTransformerLayer
+from megalm.models.blocks.block import Addends, ParallelTransformerLayer, leave_additions
 from megalm.models.blocks.embedding import GPTEmbedding
 from megalm.models.blocks.head import HeadInput, OutputEmbedding, TiedEmbeddingHead, vocabulary_logits
 from megalm.models.blocks.norm import LayerNorm
@@ -55,9 +55,9 @@ class StartingEmbeddingPipe(EmbeddingPipe):
 
 
 class ParallelTransformerLayerPipe(ParallelTransformerLayer):
-    """A block between two pipeline layers: [s, b, h] -> [s, b, h]."""
+    """A block between two pipeline layers: [s, b, h] -> [s, b, h]; in a stage it may leave its addition to the next."""
 
-    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, x: Tensor | Addends) -> Tensor | Addends:  # type: ignore[override]
         return super().forward(x)
 
 
@@ -66,7 +66,9 @@ class StartedParallelTransformerLayerPipe(ParallelTransformerLayer):
 
     def forward(self, started: Started) -> Started:  # type: ignore[override]
         x, starts = started
-        return super().forward(x, starts.t()), starts
+        stream = super().forward(x, starts.t())
+        assert isinstance(stream, Tensor), "blocks that hand on a pair leave no addition"
+        return stream, starts
 
 
 def sequence_first(tokens: Tensor) -> Tensor:
@@ -135,6 +137,8 @@ class GPTPipeline(PipelineModule):
                 activation_checkpoint_interval=0,  # Blocks recompute by themselves, with megalm's random streams.
             )
         self.plan = plan
+        if not plan.reset_attention:  # Where documents end, layers hand on a pair as it is.
+            leave_additions(self.forward_funcs)
 
     def _count_layer_params(self) -> list[int]:
         # DeepSpeed's own count builds every layer of the model on every rank.

@@ -14,6 +14,7 @@ from torch import Tensor
 from megalm.config.model import ModelConfig
 from megalm.kernels.layer_norm import oracle
 from megalm.models.blocks.arrangement import Spread
+from megalm.models.blocks.block import leave_additions
 from megalm.models.flops import matmul_parameters
 from megalm.models.gpt.build import build_model, choose_kernels, plan_gpt
 from megalm.models.gpt.loss import next_token_loss
@@ -114,6 +115,46 @@ def test_block_uses_the_addition_fused_with_the_norm_unless_it_drops(drops: bool
     torch.testing.assert_close(*losses, rtol=1e-6, atol=0)
     for ours, theirs in zip(*(module.parameters() for module in modules), strict=True):
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+def test_a_block_leaves_its_addition_to_the_next_one(recompute: str, compiled: bool) -> None:
+    torch._dynamo.reset()
+    config = small.bloom(num_layers=3)
+    calls = []
+
+    def fused(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        calls.append(1)
+        return oracle.add_layer_norm(*arguments)
+
+    kernels, _ = choose_kernels(config, device=torch.device("cpu"))
+    plan = plan_gpt(config, kernels=replace(kernels, add_layer_norm=fused), spread=Spread(recompute=recompute))
+    modules = [build_model(plan, seed=1) for _ in range(2)]
+    leave_additions(list(modules[1].h))
+    left = [block.leaves_addition for block in modules[1].h]
+    assert left == ([True, True, False] if recompute != "full" else [False] * 3)
+    tokens, losses = _tokens(), []
+    for module in modules:
+        if compiled:
+            for block in module.h:
+                block._compute = torch.compile(block._compute, dynamic=False, backend="aot_eager")
+        losses.append(module(tokens[:, :-1], tokens[:, 1:]))
+        losses[-1].backward()
+    if not compiled and recompute != "full":
+        assert len(calls) == 3 + 3 + 2
+    torch.testing.assert_close(*losses, rtol=1e-6, atol=0)
+    for ours, theirs in zip(*(module.parameters() for module in modules), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_what_is_dropped_is_not_left_to_the_next_block() -> None:
+    config = small.bloom(num_layers=2, hidden_dropout=0.1)
+    kernels, _ = choose_kernels(config, device=torch.device("cpu"))
+    plan = plan_gpt(config, kernels=replace(kernels, add_layer_norm=oracle.add_layer_norm))
+    module = build_model(plan, seed=1)
+    leave_additions(list(module.h))
+    assert not any(block.leaves_addition for block in module.h)
 
 
 def test_loss_without_a_mask_counts_every_token() -> None:
