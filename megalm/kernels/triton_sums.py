@@ -11,7 +11,8 @@ from torch import Tensor
 
 from megalm.kernels.triton_language import ceil_div, jit, tl
 
-PARTS_AT_ONCE, COLUMNS, NUM_WARPS = 32, 64, 4
+# Many parts at once: what a program waits for is the memory's answer, once for each turn of its loop.
+PARTS_AT_ONCE, COLUMNS, NUM_WARPS = 128, 32, 8
 
 
 @jit

@@ -119,9 +119,10 @@ class _HeadCrossEntropy(torch.autograd.Function):
             x, weight, labels, weights, log_sums = ctx.saved_tensors
             gradients = _Gradients(x, weight, ctx.task)
             _chunks(x, weight, labels, weights * upstream, ctx.task, gradients, log_sums)
+            assert gradients.factors is None, "rows with a known log_sum have no factors"
             return gradients.x, gradients.weight.to(weight.dtype), None, None, None, None
         ctx.gradients = None
-        ctx.task.rows.scale_(gradients.x, upstream)
+        ctx.task.rows.scale_(gradients.x, upstream, gradients.factors)
         if ctx.total is not None:
             ctx.total.add(gradients.weight, factor=upstream)
             return gradients.x, None, None, None, None, None
@@ -135,8 +136,10 @@ class _Gradients:
     def __init__(self, x: Tensor, weight: Tensor, task: _Task) -> None:
         wide = torch.promote_types(weight.dtype, torch.float32)
         in_fp32 = _sums_in_fp32(x, weight, task)
-        self._kernel, self._in_place = task.kernel, _writes_in_place(task.kernel)
+        self._kernel, self._rows, self._in_place = task.kernel, task.rows, _writes_in_place(task.kernel)
         self.x = torch.empty_like(x)
+        self.factors: Tensor | None = None
+        """What each row of x's gradient still has to be multiplied by, [N] fp32."""
         if in_fp32 or x.size(0) == 0:
             self.weight = torch.zeros_like(weight, dtype=wide)
         else:
@@ -146,7 +149,7 @@ class _Gradients:
         self, start: int, stop: int, logit_gradient: Tensor, x: Tensor, weight: Tensor, factors: Tensor | None
     ) -> None:
         """One chunk: logit_gradient [c, v/t], each row over its factor [c] if there are any, x [c, h]."""
-        scaled = x if factors is None else (x * factors.unsqueeze(-1)).to(x.dtype)
+        scaled = x if factors is None else self._rows.scaled(x, factors)
         if not self._in_place:
             self.x[start:stop] = self._kernel.input_gradient(logit_gradient, weight)
             product = self._kernel.weight_gradient(logit_gradient, scaled)
@@ -160,7 +163,9 @@ class _Gradients:
             else:
                 self.weight.addmm_(logit_gradient.t(), scaled)
         if factors is not None:
-            self.x[start:stop].mul_(factors.unsqueeze(-1))
+            if self.factors is None:
+                self.factors = factors.new_empty(self.x.size(0))
+            self.factors[start:stop] = factors
 
 
 def _sums_in_fp32(x: Tensor, weight: Tensor, task: _Task) -> bool:

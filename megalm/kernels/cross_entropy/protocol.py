@@ -39,5 +39,9 @@ class VocabularyRows(Protocol):
         its factor, and the products with it have to take the factor.
         """
 
-    def scale_(self, x: Tensor, factor: Tensor) -> None:
-        """Multiply in place by a scalar that lives on the device; cheap if it is 1."""
+    def scale_(self, x: Tensor, factor: Tensor, factors: Tensor | None = None) -> None:
+        """Multiply in place by a scalar that lives on the device, and each row by its own of `factors`; cheap if there
+        are none and the scalar is 1. Shapes: x [n, h] contiguous, factor [], factors [n] fp32."""
+
+    def scaled(self, x: Tensor, factors: Tensor) -> Tensor:
+        """Each row times its factor, rounded once. Shapes: x [n, h], factors [n] fp32 -> [n, h]."""

@@ -31,8 +31,11 @@ class TorchRows:
         self._finish(logits, wide, labels, weights * (1.0 + 2.0 * z_loss * log_sum) / total, weights)
         return log_sum, None
 
-    def scale_(self, x: Tensor, factor: Tensor) -> None:
-        x.mul_(factor)
+    def scale_(self, x: Tensor, factor: Tensor, factors: Tensor | None = None) -> None:
+        x.mul_(factor if factors is None else (factor * factors).unsqueeze(-1))
+
+    def scaled(self, x: Tensor, factors: Tensor) -> Tensor:
+        return (x * factors.unsqueeze(-1)).to(x.dtype)
 
     def _finish(self, logits: Tensor, exponentials: Tensor, labels: Tensor, slope: Tensor, weights: Tensor) -> None:
         exponentials.mul_(slope.unsqueeze(-1))

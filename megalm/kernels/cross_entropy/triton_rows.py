@@ -24,7 +24,7 @@ PART_COLUMNS = 16384
 """Columns of a row whose sum one program takes."""
 GUESS_COLUMNS, GUESS_WARPS = 4096, 8
 ROWS_TO_JOIN = 8
-SCALE_BLOCK = 4096
+SCALE_BLOCK, MOST_COLUMNS_TO_SCALE = 4096, 4096
 
 
 @jit
@@ -211,6 +211,27 @@ def cross_entropy_scale(x: tl.tensor, factor: tl.tensor, size: tl.tensor, BLOCK:
         tl.store(x + indices, (value * scale).to(x.dtype.element_ty), mask=indices < size)
 
 
+@jit
+def cross_entropy_scale_rows(
+    x: tl.tensor,
+    out: tl.tensor,
+    factor: tl.tensor,
+    factors: tl.tensor,
+    width: tl.tensor,
+    SCALES: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    """out = x * factors[row], with SCALES times one factor more; x and out may be the same."""
+    row = tl.program_id(0)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    scale = tl.load(factors + row)
+    if SCALES:
+        scale *= tl.load(factor)
+    places = row.to(tl.int64) * width + columns
+    value = tl.load(x + places, mask=columns < width, other=0.0).to(tl.float32)
+    tl.store(out + places, (value * scale).to(out.dtype.element_ty), mask=columns < width)
+
+
 def _block(num_columns: int) -> tuple[int, int]:
     """Columns at once, and warps: 16 elements a thread."""
     block = max(512, min(MOST_COLUMNS_AT_ONCE, next_power_of_two(num_columns)))
@@ -311,6 +332,25 @@ class TritonRows:
         log_sum, factors = _row_exponentials(logits, labels, weights, z_loss)
         return log_sum, factors
 
-    def scale_(self, x: Tensor, factor: Tensor) -> None:
+    def scale_(self, x: Tensor, factor: Tensor, factors: Tensor | None = None) -> None:
         """Reads the factor on the device: a host that asked whether it is 1 would wait for the whole forward pass."""
-        cross_entropy_scale[(ceil_div(x.numel(), SCALE_BLOCK),)](x, factor, x.numel(), BLOCK=SCALE_BLOCK, num_warps=8)
+        if factors is not None:
+            _scale_rows(x, x, factor, factors)
+        else:
+            size = x.numel()
+            cross_entropy_scale[(ceil_div(size, SCALE_BLOCK),)](x, factor, size, BLOCK=SCALE_BLOCK, num_warps=8)
+
+    def scaled(self, x: Tensor, factors: Tensor) -> Tensor:
+        x = x.contiguous()
+        out = torch.empty_like(x)
+        _scale_rows(x, out, None, factors)
+        return out
+
+
+def _scale_rows(x: Tensor, out: Tensor, factor: Tensor | None, factors: Tensor) -> None:
+    num_rows, width = x.shape
+    block = max(128, min(MOST_COLUMNS_TO_SCALE, next_power_of_two(width)))
+    cross_entropy_scale_rows[(num_rows, ceil_div(width, block))](
+        x, out, factors if factor is None else factor, factors, width,
+        SCALES=factor is not None, BLOCK=block, num_warps=max(1, block // 512),
+    )  # fmt: skip
