@@ -11,7 +11,7 @@ Source: Dao 2023, arXiv:2307.08691, algorithm 2.
 
 from __future__ import annotations
 
-from megalm.kernels.attention.triton_forward import kept_weights, row_products, store_rows
+from megalm.kernels.attention.triton_forward import kept_weights, place_in_grid, row_products, store_rows
 from megalm.kernels.triton_language import jit, tl
 
 
@@ -122,6 +122,7 @@ def attention_query_gradient(
     num_positions: tl.tensor,
     num_bounds: tl.tensor,
     num_sums: tl.tensor,
+    heads_at_once: tl.tensor,
     scale: tl.tensor,
     threshold: tl.tensor,
     keep: tl.tensor,
@@ -147,8 +148,9 @@ def attention_query_gradient(
     Shapes: as `attention_forward`, whose blocks are `num_bounds` of BOUND_BLOCK queries; dq as q, the others as lse;
         with SUMS, sums [b, num_sums, n, 3, d] fp32 gets the sum over each block of queries at 0 of the 3.
     """
-    batch_head = tl.program_id(0)
-    block = tl.num_programs(1) - 1 - tl.program_id(1)
+    num_blocks = tl.cdiv(num_positions, BLOCK_Q)
+    batch_head, turn = place_in_grid(num_blocks, heads_at_once)
+    block = num_blocks - 1 - turn
     batch = batch_head // num_heads
     head = batch_head % num_heads
     first_row = block * BLOCK_Q
@@ -332,6 +334,7 @@ def attention_key_value_gradient(
     num_positions: tl.tensor,
     num_bounds: tl.tensor,
     num_sums: tl.tensor,
+    heads_at_once: tl.tensor,
     scale: tl.tensor,
     threshold: tl.tensor,
     keep: tl.tensor,
@@ -352,11 +355,11 @@ def attention_key_value_gradient(
 
     Shapes: as `attention_query_gradient`; dk, dv as k, v. With SUMS, which takes GROUP = 1, theirs are at 1 and 2.
     """
-    batch_head = tl.program_id(0)
+    batch_head, block = place_in_grid(tl.cdiv(num_positions, BLOCK_K), heads_at_once)
     batch = batch_head // kv_heads
     kv_head = batch_head % kv_heads
     num_heads = kv_heads * GROUP
-    first_of_block = tl.program_id(1) * BLOCK_K
+    first_of_block = block * BLOCK_K
     keys = first_of_block + tl.arange(0, BLOCK_K)
     scale2 = scale * 1.4426950408889634
     drop_seed = 0
@@ -408,7 +411,7 @@ def attention_key_value_gradient(
         store_rows(dk_base, keys, dk_stride_s, dk_rest * scale, num_positions, D, R, HEAD_SIZE)
         store_rows(dv_base, keys, dv_stride_s, dv_rest, num_positions, D, R, HEAD_SIZE)
     if SUMS:
-        own = sums + ((batch * num_sums + tl.program_id(1)) * kv_heads + kv_head).to(tl.int64) * (3 * HEAD_SIZE)
+        own = sums + ((batch * num_sums + block) * kv_heads + kv_head).to(tl.int64) * (3 * HEAD_SIZE)
         _store_sums(own + HEAD_SIZE, dk_acc * scale, 0, D, HEAD_SIZE)
         _store_sums(own + 2 * HEAD_SIZE, dv_acc, 0, D, HEAD_SIZE)
         if R:

@@ -47,6 +47,21 @@ def attention_key_norms(
 
 
 @jit
+def place_in_grid(num_blocks: tl.tensor, heads_at_once: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
+    """The head of a program, counted over batch and heads, and the number of its block.
+
+    The first blocks of some heads come first, then their second blocks, and so on, then other heads: what those few
+    heads read again and again stays in the L2 cache, which all heads together would overflow.
+    """
+    program = tl.program_id(0)
+    num_heads = tl.num_programs(0) // num_blocks
+    first_head = program // (num_blocks * heads_at_once) * heads_at_once
+    heads = tl.minimum(heads_at_once, num_heads - first_head)
+    place = program - first_head * num_blocks
+    return first_head + place % heads, place // heads
+
+
+@jit
 def kept_weights(
     seed: tl.tensor, head_index: tl.tensor, queries: tl.tensor, keys: tl.tensor, threshold: tl.tensor
 ) -> tl.tensor:
@@ -206,6 +221,7 @@ def attention_forward(
     num_heads: tl.tensor,
     num_positions: tl.tensor,
     num_norms: tl.tensor,
+    heads_at_once: tl.tensor,
     scale2: tl.tensor,
     threshold: tl.tensor,
     keep: tl.tensor,
@@ -221,13 +237,14 @@ def attention_forward(
     PRECISION: tl.constexpr,
     BITS: tl.constexpr,
 ) -> None:
-    """Outputs and log-sum-exps of BLOCK_Q queries of one head; the long rows of all heads are started first.
+    """Outputs and log-sum-exps of BLOCK_Q queries of one head, the long rows of `heads_at_once` heads first.
 
     Shapes: q [b, n, s, d], k, v [b, n/GROUP, s, d] -> out [b, n, s, d], lse [b, n, blocks * BLOCK_Q] fp32 in base 2,
         first_key [b, n, blocks] int32. slopes [n] fp32, starts [b, s] int32, norms as `attention_key_norms` has them.
     """
-    batch_head = tl.program_id(0)
-    block = tl.num_programs(1) - 1 - tl.program_id(1)
+    num_blocks = tl.cdiv(num_positions, BLOCK_Q)
+    batch_head, turn = place_in_grid(num_blocks, heads_at_once)
+    block = num_blocks - 1 - turn
     batch = batch_head // num_heads
     head = batch_head % num_heads
     kv_head = head // GROUP
@@ -268,7 +285,7 @@ def attention_forward(
     if STARTS:
         low = tl.maximum(low, tl.min(begins, axis=0))
     low = tl.minimum(low, first_row) // BLOCK_K * BLOCK_K
-    tl.store(first_key + batch_head * tl.num_programs(1) + block, low)
+    tl.store(first_key + batch_head * num_blocks + block, low)
     acc, acc_rest, peak, total = _visit(
         acc, acc_rest, peak, total, q, q_rest, k_desc, k_rest_desc, v_desc, v_rest_desc, batch, kv_head, low, first_row,
         rows, begins, slope2, scale2, drop_seed, batch_head, threshold,
@@ -279,7 +296,7 @@ def attention_forward(
     # which spares that pass a mask.
     seen = tl.where(total > 0.0, total, 1.0)
     row_lse = tl.where(inside & (total > 0.0), peak + tl.log2(seen), float("inf"))
-    tl.store(lse + batch_head.to(tl.int64) * (tl.num_programs(1) * BLOCK_Q) + rows, row_lse)
+    tl.store(lse + batch_head.to(tl.int64) * (num_blocks * BLOCK_Q) + rows, row_lse)
     share = (1.0 / (seen * keep))[:, None]
     base = out + batch.to(tl.int64) * out_stride_b + head.to(tl.int64) * out_stride_n
     store_rows(base, rows, out_stride_s, acc * share, num_positions, 0, D, HEAD_SIZE)

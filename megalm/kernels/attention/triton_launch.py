@@ -21,6 +21,9 @@ NORM_BLOCK = 128
 BITS_OF_16, BITS_OF_32 = 16, 24
 """Keys with weights that sum to less than 2^-bits of a row's largest weight are left out, by the size of the type."""
 
+L2_BYTES = 16 << 20
+"""What heads that run at once may read again and again: a Hopper GPU's L2 cache holds 50 MB, in two halves."""
+
 
 @dataclass(frozen=True)
 class Blocks:
@@ -139,10 +142,11 @@ def launch_forward(q: Tensor, k: Tensor, v: Tensor, out: Tensor, extras: Extras)
     q, k, v = aligned(q), aligned(k), aligned(v)
     with _on(q.device):
         norms = _key_norms(k) if extras.slopes is not None else None
-        triton_forward.attention_forward[(b * n, first_key.size(2))](
+        triton_forward.attention_forward[(b * n * first_key.size(2),)](
             *_descriptors(q, blocks.queries), *_descriptors(k, blocks.keys), *_descriptors(v, blocks.keys),
             out, lse, first_key, extras.slopes, extras.starts, norms, extras.seed, *out.stride()[:3],
-            n, s, 0 if norms is None else norms.size(2), _scale(d) * math.log2(math.e), extras.threshold, extras.keep,
+            n, s, 0 if norms is None else norms.size(2), _heads_at_once(k) * (n // k.size(1)),
+            _scale(d) * math.log2(math.e), extras.threshold, extras.keep,
             GROUP=n // k.size(1), BITS=BITS_OF_16 if q.dtype.itemsize == 2 else BITS_OF_32,
             **_constants(q, blocks), **extras.flags(), **_options(blocks),
         )  # fmt: skip
@@ -181,21 +185,23 @@ def launch_backward(
     optional = extras.slopes, extras.starts, extras.seed
     shared["SUMS"] = sums is not None
     num_sums = 0 if sums is None else sums.size(1)
-    numbers = s, first_key.size(2), num_sums, _scale(d), extras.threshold, extras.keep
+    counts = s, first_key.size(2), num_sums
+    at_once, numbers = _heads_at_once(k), (_scale(d), extras.threshold, extras.keep)
     with _on(q.device):
         blocks = cut.query_gradient
-        triton_backward.attention_query_gradient[(b * n, ceil_div(s, blocks.queries))](
+        triton_backward.attention_query_gradient[(b * n * ceil_div(s, blocks.queries),)](
             *_descriptors(q, blocks.queries), *_descriptors(k, blocks.keys), *_descriptors(v, blocks.keys),
             *_descriptors(do, blocks.queries), *_descriptors(out, blocks.queries),
             dq, lse, shifted_lse, delta, sums, first_key,
-            *optional, *dq.stride()[:3], n, *numbers, SHIFT_BLOCK=cut.key_value_gradient.queries,
+            *optional, *dq.stride()[:3], n, *counts, at_once * group, *numbers,
+            SHIFT_BLOCK=cut.key_value_gradient.queries,
             **shared, **_constants(q, blocks), **_options(blocks),
         )  # fmt: skip
         blocks = cut.key_value_gradient
-        triton_backward.attention_key_value_gradient[(b * n // group, ceil_div(s, blocks.keys))](
+        triton_backward.attention_key_value_gradient[(b * n // group * ceil_div(s, blocks.keys),)](
             *_descriptors(q, blocks.queries), *_descriptors(k, blocks.keys), *_descriptors(v, blocks.keys),
             *_descriptors(do, blocks.queries), dk, dv, lse, shifted_lse, delta, sums, first_key,
-            *optional, *dk.stride()[:3], *dv.stride()[:3], n // group, *numbers,
+            *optional, *dk.stride()[:3], *dv.stride()[:3], n // group, *counts, at_once, *numbers,
             **shared, **_constants(q, blocks), **_options(blocks),
         )  # fmt: skip
 
@@ -220,6 +226,11 @@ def aligned(x: Tensor) -> Tensor:
     if usable and all(stride > 0 and stride % unit == 0 for stride in x.stride()[:-1]):
         return x
     return x.clone(memory_format=torch.contiguous_format)
+
+
+def _heads_at_once(k: Tensor) -> int:
+    """Heads of keys whose keys and values, or as many queries and gradients, take L2_BYTES."""
+    return max(1, L2_BYTES // (2 * k.size(2) * k.size(3) * k.element_size()))
 
 
 def _key_norms(k: Tensor) -> Tensor:

@@ -154,8 +154,8 @@ def test_fused_head_of_triton_rows_matches_torch_rows(triton_device: torch.devic
     picked = logits.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
     ((log_sum - picked + 1e-3 * log_sum.square()) / 9).sum().backward()
     sizes = logits.grad.abs()
-    # Rounding to the 8 bits of bf16 changes a number by 2^-8 of it at most. Each side rounds gradients of logits, ours scaled rows of x as well; then
-    # the product is rounded, ours once more with its factor. fp32 sums add little.
+    # Rounding to the 8 bits of bf16 changes a number by 2^-8 of it at most. Each side rounds gradients of logits, ours
+    # scaled rows of x as well; then the product is rounded, ours once more with its factor. fp32 sums add little.
     unit = 2.0**-8 * 1.01
     of_x = 2 * unit * (sizes @ values[1].double().abs()) + 3 * unit * x_theirs.double().abs()
     of_weight = 3 * unit * (sizes.t() @ values[0].double().abs()) + 2 * unit * weight_theirs.double().abs()
