@@ -66,7 +66,8 @@ class Engine(ABC):
         return StepResult(
             loss=loss.item(),
             grad_norm=None if norm is None else float(norm),
-            loss_scale=float(self.raw.loss_scale()) if self.raw.fp16_enabled() else None,
+            # The engine's own loss_scale() is what the configuration asked for: 0 where the scale adapts itself.
+            loss_scale=float(self.raw.optimizer.loss_scale) if self.raw.fp16_enabled() else None,
             skipped=self.raw.skipped_steps > skipped_before,
         )
 

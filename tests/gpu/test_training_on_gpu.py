@@ -20,8 +20,15 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 def _run(folder: Path, *flags: str) -> Ended:
     import subprocess
 
+    corpus = folder / "corpus_text_document"
+    if not corpus.with_name(f"{corpus.name}.idx").exists():
+        write_corpus(folder)
     environment = {name: value for name, value in os.environ.items() if name not in ("DS_ACCELERATOR", "RANK")}
-    command = [sys.executable, *program("--data-path", write_corpus(folder), "--save", str(folder / "run"), *flags)]
+    command = [sys.executable, *program("--data-path", str(corpus), "--save", str(folder / "run"), *flags)]
+    if "--train-samples" in flags:  # in place of the tiny run's steps
+        for name in ("--train-iters", "--lr-warmup-iters"):
+            place = command.index(name)
+            del command[place : place + 2]
     process = subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
@@ -81,7 +88,7 @@ def _with_graph(folder: Path, *flags: str) -> Ended:
     [
         [],
         ["--no-compile"],
-        ["--rampup-batch-size", "4", "4", "24"],
+        ["--rampup-batch-size", "4", "4", "24", "--train-samples", "136"],
         ["--reset-attention-mask", "--reset-position-ids", "--eod-mask-loss"],
         ["--recompute-granularity", "full"],
         ["--z-loss-coeff", "1e-3"],

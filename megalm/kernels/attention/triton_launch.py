@@ -21,8 +21,8 @@ NORM_BLOCK = 128
 BITS_OF_16, BITS_OF_32 = 16, 24
 """Keys with weights that sum to less than 2^-bits of a row's largest weight are left out, by the size of the type."""
 
-L2_BYTES = 16 << 20
-"""What heads that run at once may read again and again: a Hopper GPU's L2 cache holds 50 MB, in two halves."""
+L2_BYTES = 32 << 20
+"""What heads that run at once may read again and again: a Hopper GPU's L2 cache holds 50 MB."""
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,8 @@ class Cut:
 # The fastest of those timed on a Hopper GPU (docs/log.md): one warpgroup a program and two or three programs on a
 # multiprocessor, so that one's exponentials hide behind another's products; and small blocks, which find more keys out
 # of sight. Random bits take registers: dropout has its own blocks.
-_HALF_64 = Cut(Blocks(64, 64, 4, 3), Blocks(64, 64, 4, 3), Blocks(64, 64, 4, 2))
-_HALF_128 = Cut(Blocks(64, 64, 4, 3), Blocks(64, 32, 4, 3), Blocks(64, 64, 4, 2))
+_HALF_64 = Cut(Blocks(64, 64, 4, 3), Blocks(64, 64, 4, 3), Blocks(64, 64, 4, 3))
+_HALF_128 = Cut(Blocks(64, 64, 4, 3), Blocks(64, 32, 4, 2), Blocks(64, 64, 4, 2))
 _HALF_64_DROPOUT = Cut(Blocks(64, 32, 4, 3), Blocks(64, 32, 4, 3), Blocks(64, 64, 4, 2))
 _HALF_128_DROPOUT = Cut(Blocks(64, 32, 4, 3), Blocks(64, 32, 4, 3), Blocks(32, 64, 4, 3))
 _GROUPED = Blocks(32, 64, 4, 2)
