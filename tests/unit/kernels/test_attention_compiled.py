@@ -155,7 +155,7 @@ VARIANTS: dict[str, tuple[dict[str, Any], int]] = {
     "documents": ({"starts": True}, 96),
     "dropout": ({"dropout": True}, 96),
     "documents and dropout": ({"starts": True, "dropout": True}, 96),
-    "shared keys": ({"group": 4}, 0),
+    "shared keys": ({"group": 4}, 16),
 }
 
 
