@@ -22,6 +22,7 @@ from megalm.topology.mpu import Mpu
 from megalm.topology.topology import Topology
 from megalm.train.cuda_graph import MicroBatchGraph
 from megalm.train.gradient_sums import GradientSums, take_over_sums
+from megalm.train.optimizer import is_counted_here
 
 
 @dataclass(frozen=True)
@@ -174,9 +175,15 @@ def build_engine(
         )
     sums = None
     if isinstance(raw.optimizer, BF16_Optimizer):
-        sums = take_over_sums(raw.optimizer, optimizer, gradient_sum or TorchGradientSum())
+        sums = take_over_sums(
+            raw.optimizer,
+            optimizer,
+            gradient_sum or TorchGradientSum(),
+            replicas=topology.dp,
+            counts=functools.partial(is_counted_here, topology=topology),
+        )
         if raw.communication_data_type == torch.float32:
-            raw._bf16_reduce_grads = functools.partial(sums.average, topology.dp)
+            raw._bf16_reduce_grads = sums.average
     if not pipelined:
         return DataParallelTrainingEngine(raw, topology)
     return PipelineTrainingEngine(raw, topology, None if sums is None or graph is None else graph(raw, sums))

@@ -3,12 +3,13 @@
 DeepSpeed 0.19 casts every gradient to fp32 in memory and then adds it: 18 bytes a parameter and micro-batch in place of
 10, and two kernels for each of the many vectors of a model. Here linear layers and the vocabulary's table add their
 gradients to the sums themselves, any other matrix is added in one kernel, all vectors of a group together, and the
-update clips as it reads. Over replicas DeepSpeed would round the sums to bf16 and back, with one replica too; here they
-are summed in fp32, where they lie.
+update clips as it reads. Over replicas DeepSpeed would round the sums to bf16, add up all of them on every rank, and
+round back, with one replica too. Here each rank gets the part that it updates with, in fp32: as many bytes on the way.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,19 +17,36 @@ import torch.distributed
 from torch import Tensor, nn
 
 from megalm.kernels.gradient_sum.protocol import GradientSumKernel
+from megalm.parallel.collectives import reduce_scatter_into
 from megalm.parallel.gradient_sum import GradientSum, adds_gradients, give_gradient_sum
-from megalm.topology.group import Group
+from megalm.topology.group import SOLO, Group
 from megalm.train.optimizer import AdamW
+
+MOST_IN_A_NORM = 2**28
+"""Elements of a tensor whose norm is measured at once: kernels of several tensors count in 32 bits."""
 
 
 class GradientSums:
     """Takes the place of the methods of a BF16_Optimizer that add gradients up; `immediate_grad_update` calls them."""
 
-    def __init__(self, owner: Any, kernel: GradientSumKernel) -> None:
+    def __init__(
+        self,
+        owner: Any,
+        kernel: GradientSumKernel,
+        *,
+        replicas: Group = SOLO,
+        counts: Callable[[nn.Parameter], bool] = lambda _: True,
+    ) -> None:
+        """`replicas` share the update; the norm is of the parameters that `counts` names."""
         self._owner = owner
         self._kernel = kernel
+        self._replicas = replicas
         self._waiting: dict[int, dict[int, Tensor]] = {}
         """By group: gradients of vectors, by the vector's place, until those of all vectors of the group are there."""
+        self._own: list[Tensor] = []
+        """Of each group's sums, what this rank updates with."""
+        self._counted: list[Tensor] = []
+        """Of those, the parameters that the norm is of."""
         for group, parameters in enumerate(owner.bf16_groups):
             if parameters and all(parameter.dim() < 2 for parameter in parameters):
                 self._waiting[group] = {}
@@ -38,6 +56,12 @@ class GradientSums:
                 if adds_gradients(parameter):
                     # Changes of `.data` are its own; all other views of DeepSpeed's buffer count theirs together.
                     give_gradient_sum(parameter, GradientSum(total.data.view(parameter.shape), kernel))
+            flat = owner.fp32_groups_gradients_flat[group]
+            size = flat.numel() // replicas.size
+            own = range(replicas.rank * size, (replicas.rank + 1) * size)
+            self._own.append(flat[own.start : own.stop])
+            for run in _runs(parameters, counts, own):
+                self._counted += flat[run.start : run.stop].split(MOST_IN_A_NORM)
 
     def add(self, parameter: nn.Parameter, group: int, index: int, clear_lp_grads: bool) -> None:
         """BF16_Optimizer._update_hp_grad: the gradient of one parameter has been computed."""
@@ -61,16 +85,32 @@ class GradientSums:
         for group in self._waiting:
             self._add_one_by_one(group)
 
-    def average(self, replicas: Group) -> None:
-        """Average the sums over the replicas, in fp32 and in place.
+    def average(self) -> None:
+        """Average over the replicas, in fp32, the part of the sums that this rank updates with; the rest is left.
 
-        Communicates: one all-reduce of each group of parameters over `replicas`.
+        Communicates: one reduce-scatter of each group of parameters.
         """
         self.add_waiting()
-        if replicas.size > 1:
-            for flat in self._owner.fp32_groups_gradients_flat:
-                torch.distributed.all_reduce(flat, group=replicas.handle)
-                flat /= replicas.size
+        if self._replicas.size > 1:
+            for flat, own in zip(self._owner.fp32_groups_gradients_flat, self._own, strict=True):
+                total = torch.empty_like(own)
+                reduce_scatter_into(total, flat, group=self._replicas.handle)
+                torch.div(total, self._replicas.size, out=own)
+
+    def norms(self) -> Tensor:
+        """Numbers whose norm is that of the averaged sums that count here, on all replicas together.
+
+        Communicates: one all-reduce of a scalar over the replicas.
+        """
+        if not self._counted:
+            norms = self._own[0].new_zeros(1)
+        else:
+            norms = torch.stack(torch._foreach_norm(self._counted, 2.0))
+        if self._replicas.size > 1:
+            norms = norms.square().sum(0, keepdim=True)
+            torch.distributed.all_reduce(norms, group=self._replicas.handle)
+            norms = norms.sqrt()
+        return norms
 
     def forget_waiting(self) -> None:
         """Leave out what still waits: it was never computed."""
@@ -93,9 +133,31 @@ class GradientSums:
         return total
 
 
-def take_over_sums(owner: Any, optimizer: torch.optim.Optimizer, kernel: GradientSumKernel) -> GradientSums:
-    """Have `GradientSums` add up a BF16_Optimizer's gradients, and `optimizer`, which it wraps, clip them."""
-    sums = GradientSums(owner, kernel)
+def _runs(parameters: list[nn.Parameter], counts: Callable[[nn.Parameter], bool], within: range) -> list[range]:
+    """Where the parameters that count lie, one behind the other, inside `within`; neighbours in one."""
+    found: list[range] = []
+    offset = 0
+    for parameter in parameters:
+        start, stop = max(offset, within.start), min(offset + parameter.numel(), within.stop)
+        offset += parameter.numel()
+        if start >= stop or not counts(parameter):
+            continue
+        if found and found[-1].stop == start:
+            start = found.pop().start
+        found.append(range(start, stop))
+    return found
+
+
+def take_over_sums(
+    owner: Any,
+    optimizer: torch.optim.Optimizer,
+    kernel: GradientSumKernel,
+    *,
+    replicas: Group = SOLO,
+    counts: Callable[[nn.Parameter], bool] = lambda _: True,
+) -> GradientSums:
+    """Have `GradientSums` add up and measure a BF16_Optimizer's gradients, and `optimizer`, inside it, clip them."""
+    sums = GradientSums(owner, kernel, replicas=replicas, counts=counts)
     read, read_for_norm = owner.get_grads_for_reduction, owner.get_grads_for_norm
 
     def get_grads_for_reduction() -> Any:
@@ -103,13 +165,10 @@ def take_over_sums(owner: Any, optimizer: torch.optim.Optimizer, kernel: Gradien
         return read()
 
     def get_grads_for_norm(for_clipping: bool = False) -> Any:
-        # DeepSpeed leaves out what no backward has told it of. The sum of such a parameter is 0.
-        owner.fp32_groups_has_gradients = [[True] * len(group) for group in owner.bf16_groups]
-        found = read_for_norm(for_clipping)
-        if for_clipping or not found[0]:
-            return found
-        # DeepSpeed takes the norm of one tensor after the other; that of all their norms is the same.
-        return [torch.stack(torch._foreach_norm(found[0], 2.0))], *found[1:]
+        if for_clipping:
+            return read_for_norm(for_clipping)
+        # DeepSpeed would take the norm of one tensor after the other; that of all their norms is the same.
+        return [sums.norms()], {}
 
     def zero_grad(set_to_none: bool = True) -> None:
         owner.clear_lp_grads(set_to_none)  # `step` has cleared the sums already.

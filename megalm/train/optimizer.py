@@ -72,7 +72,7 @@ class AdamW(torch.optim.AdamW):
             parameter.grad
             for group in self.param_groups
             for parameter in group["params"]
-            if parameter.grad is not None and _is_counted_here(parameter, self._topology)
+            if parameter.grad is not None and is_counted_here(parameter, self._topology)
         ]
         if owned:
             norms = torch.stack(torch._foreach_norm(owned, 2.0, dtype=torch.float32))
@@ -84,7 +84,7 @@ class AdamW(torch.optim.AdamW):
         return total.sqrt()
 
 
-def _is_counted_here(parameter: nn.Parameter, topology: Topology) -> bool:
+def is_counted_here(parameter: nn.Parameter, topology: Topology) -> bool:
     """Whether this rank counts the parameter: shards always, replicas on the first tensor rank, tied copies once."""
     if getattr(parameter, "ds_pipe_replicated", False):
         return False

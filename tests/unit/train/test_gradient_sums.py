@@ -5,11 +5,14 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 
 from megalm.kernels.gradient_sum.oracle import TorchGradientSum
 from megalm.parallel.gradient_sum import gradient_sum_of, mark_adding
+from megalm.topology.group import Group
+from megalm.train import gradient_sums
 from megalm.train.gradient_sums import GradientSums, take_over_sums
 
 
@@ -91,11 +94,26 @@ def test_parameters_whose_users_add_are_told_where() -> None:
     assert gradient_sum_of(owner.bf16_groups[0][1]) is None
 
 
-def test_every_parameter_counts_in_the_norm_whoever_added_to_its_sum() -> None:
+def test_the_norm_is_of_this_replica_s_part_of_the_parameters_that_count(monkeypatch: pytest.MonkeyPatch) -> None:
     owner = _owner()
-    take_over_sums(owner, torch.optim.SGD(owner.bf16_groups[0], lr=1.0), TorchGradientSum())
-    owner.get_grads_for_norm()
-    assert owner.fp32_groups_has_gradients == [[True] * 2, [True] * 3]
+    left_out = owner.bf16_groups[0][1], owner.bf16_groups[1][0]
+    monkeypatch.setattr(gradient_sums, "MOST_IN_A_NORM", 5)
+    sums = [
+        GradientSums(
+            owner,
+            TorchGradientSum(),
+            replicas=Group(rank, 2, None, (0, 1)),
+            counts=lambda parameter: not any(parameter is one for one in left_out),
+        )
+        for rank in range(2)
+    ]
+    for flat in owner.fp32_groups_gradients_flat:
+        flat.copy_(torch.arange(1.0, 1.0 + flat.numel()))
+    # 24 and 10 numbers, 12 and 5 for each: the first matrix is the first half, the last two vectors lie at 4 to 8.
+    assert [[view.tolist() for view in one._counted] for one in sums] == [
+        [[1.0, 2.0, 3.0, 4.0, 5.0], [6.0, 7.0, 8.0, 9.0, 10.0], [11.0, 12.0], [5.0]],
+        [[6.0, 7.0, 8.0, 9.0]],
+    ]
 
 
 def test_the_norm_of_all_sums_is_measured_in_one_call() -> None:
