@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from megalm.config.option import option
 
-RECOMPUTE = ("none", "selective", "full")
+RECOMPUTE = ("none", "selective", "activation", "full")
 BACKENDS = ("auto", "nccl", "gloo")
 
 
@@ -26,7 +26,8 @@ class ParallelConfig:
     )
     recompute: str = option(
         "none",
-        doc="Activations recomputed in backward: none, the attention core's (selective), or whole blocks (full).",
+        doc="Activations recomputed in backward: none, the attention core's (selective), the output of the MLP's "
+        "activation function (activation), or whole blocks (full).",
         choices=RECOMPUTE,
     )
     zero_stage: int = option(

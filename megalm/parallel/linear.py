@@ -9,6 +9,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megalm.kernels.bias_gelu.protocol import BiasGeluKernel
 from megalm.kernels.linear.protocol import LinearKernel
 from megalm.kernels.linear.torch_native import TorchLinear, add_weight_gradient, linear_backward
 from megalm.parallel.collectives import (
@@ -117,17 +118,69 @@ class _Linear(torch.autograd.Function):
                 reducing = dist.all_reduce(grad_x, group=ctx.tp.handle, async_op=True)
         if gathering is not None:
             gathering.wait()
-        grad_weight = None
-        if wants_weight and ctx.total is None:
-            grad_weight = ctx.kernel.weight_gradient(grad, x)
-        elif wants_weight and ctx.kernel.name == TORCH.name:
-            add_weight_gradient(ctx.total.total, grad, x)
-        elif wants_weight:
-            ctx.total.add(ctx.kernel.weight_gradient(grad, x))
+        grad_weight = _weight_gradient(ctx.kernel, ctx.total, grad, x) if wants_weight else None
         grad_bias = grad.flatten(0, -2).sum(0) if wants_bias else None
         if reducing is not None:
             reducing.wait()
         return grad_x, grad_weight, grad_bias, None, None, None, None
+
+
+def _weight_gradient(kernel: LinearKernel, total: GradientSum | None, grad: Tensor, x: Tensor) -> Tensor | None:
+    """The weight's gradient, or None if it was added to `total`."""
+    if total is None:
+        return kernel.weight_gradient(grad, x)
+    if kernel.name == TORCH.name:
+        add_weight_gradient(total.total, grad, x)
+    else:
+        total.add(kernel.weight_gradient(grad, x))
+    return None
+
+
+def activated_linear(
+    activation: BiasGeluKernel, x: Tensor, bias: Tensor, weight: Tensor, *, kernel: LinearKernel = TORCH
+) -> Tensor:
+    """`linear` of activation(x, bias), without a bias of its own; backward keeps x and computes the activation again.
+
+    Shapes: x [..., in] (a gated activation's [..., 2 in]), bias as x's last dimension, weight [out, in] -> [..., out].
+    """
+    found: GradientSum | None = getattr(weight, "gradient_sum", None)
+    y: Tensor = _ActivatedLinear.apply(x, bias, weight, activation, kernel, found)
+    return y
+
+
+class _ActivatedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        bias: Tensor,
+        weight: Tensor,
+        activation: BiasGeluKernel,
+        kernel: LinearKernel,
+        total: GradientSum | None,
+    ) -> Tensor:
+        ctx.save_for_backward(x, bias, weight)
+        ctx.activation, ctx.kernel, ctx.total = activation, kernel, total
+        return kernel.output(activation(x, bias), weight, None)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        *inputs, weight = ctx.saved_tensors
+        wanted = ctx.needs_input_grad[:2]
+        inputs = [value.detach().requires_grad_(wants) for value, wants in zip(inputs, wanted, strict=True)]
+        with torch.enable_grad():
+            activated = ctx.activation(*inputs)
+        grad_weight = None
+        if ctx.needs_input_grad[2]:
+            grad_weight = _weight_gradient(ctx.kernel, ctx.total, grad, activated.detach())
+        differentiated = [value for value in inputs if value.requires_grad]
+        found: list[Tensor] = []
+        if differentiated:
+            gradient = ctx.kernel.input_gradient(grad, weight)
+            found = list(torch.autograd.grad(activated, differentiated, gradient))
+        given = [found.pop(0) if wants else None for wants in wanted]
+        return *given, grad_weight, None, None, None
 
 
 class ColumnParallelLinear(nn.Module):
@@ -216,7 +269,13 @@ class RowParallelLinear(nn.Module):
         self.bias = mark_replicated(nn.Parameter(torch.empty(out_size))) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        y = linear(x, self.weight, None, kernel=self.kernel)  # [s, b, in/t] -> partial sums [s, b, out]
+        return self._summed(linear(x, self.weight, None, kernel=self.kernel))
+
+    def after_activation(self, activation: BiasGeluKernel, x: Tensor, bias: Tensor) -> Tensor:
+        """The layer of activation(x, bias), whose result backward computes again in place of keeping it."""
+        return self._summed(activated_linear(activation, x, bias, self.weight, kernel=self.kernel))
+
+    def _summed(self, y: Tensor) -> Tensor:  # partial sums [s, b, out]
         y = reduce_scatter_sequence(y, self.tp) if self.sequence_parallel else reduce_from(y, self.tp)
         return y if self.skip_bias_add or self.bias is None else y + self.added_bias()
 

@@ -104,13 +104,15 @@ def compile_blocks(
 
 
 def _keep_outside(block: ParallelTransformerLayer) -> None:
-    """Mark what a graph cannot hold, so that it is cut there: collectives, products that are not torch's own, and
-    attention cores that keep a bias between calls."""
+    """Mark what a graph cannot hold, so that it is cut there: collectives, products that are not torch's own, attention
+    cores that keep a bias between calls, and a backward that differentiates by itself."""
     attention = block.self_attention
     columns, rows = (attention.query_key_value, block.mlp.dense_h_to_4h), (attention.dense, block.mlp.dense_4h_to_h)
     for part in (*columns, *rows):
         if part.tp.size > 1 or part.kernel.name != TorchLinear.name:
             _cut_at(part, "with_bias" if part in columns else "forward")
+    if block.mlp.recomputes_activation:
+        _cut_at(block.mlp.dense_4h_to_h, "after_activation")
     if attention.alibi is not None and isinstance(attention.core, SdpaAttention | BaddbmmAttention):
         _cut_at(attention, "_attend")
     if block.spread.splits_sequence:

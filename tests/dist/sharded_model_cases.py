@@ -113,6 +113,9 @@ MODEL_CASES: dict[str, Callable[[Group], float]] = {
         tp, BLOOM, sequence_parallel=True, recompute="full"
     ),
     "bloom, selective recompute": lambda tp: sharded_against_whole(tp, BLOOM, recompute="selective"),
+    "bloom, sequence, activation recompute": lambda tp: sharded_against_whole(
+        tp, BLOOM, sequence_parallel=True, recompute="activation"
+    ),
     "gpt2": lambda tp: sharded_against_whole(tp, GPT2),
     "gpt2, sequence": lambda tp: sharded_against_whole(tp, GPT2, sequence_parallel=True),
     "gpt2, sequence, documents": lambda tp: sharded_against_whole(

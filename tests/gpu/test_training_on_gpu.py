@@ -91,9 +91,10 @@ def _with_graph(folder: Path, *flags: str) -> Ended:
         ["--rampup-batch-size", "4", "4", "24", "--train-samples", "136"],
         ["--reset-attention-mask", "--reset-position-ids", "--eod-mask-loss"],
         ["--recompute-granularity", "full"],
+        ["--recompute-granularity", "activation"],
         ["--z-loss-coeff", "1e-3"],
     ],
-    ids=["compiled", "uncompiled", "growing-batch", "documents", "recomputed", "z-loss"],
+    ids=["compiled", "uncompiled", "growing-batch", "documents", "recomputed", "activation", "z-loss"],
 )
 def test_micro_batches_as_a_graph_train_as_those_one_by_one(flags: list[str], tmp_path: Path) -> None:
     losses = []

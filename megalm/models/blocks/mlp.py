@@ -19,6 +19,7 @@ class ParallelMLP(nn.Module):
     def __init__(self, shape: BlockShape, *, kernels: Kernels, spread: Spread) -> None:
         super().__init__()
         self.bias_gelu = kernels.bias_gelu
+        self.recomputes_activation = spread.recompute == "activation"
         self.dense_h_to_4h = ColumnParallelLinear(
             shape.hidden_size,
             shape.ffn_inputs,
@@ -37,6 +38,8 @@ class ParallelMLP(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = self.bias_gelu(self.dense_h_to_4h(x), self.dense_h_to_4h.added_bias())  # -> [s, b, f/t]
-        narrow: Tensor = self.dense_4h_to_h(wide)  # -> [s, b, h]
+        wide, bias = self.dense_h_to_4h(x), self.dense_h_to_4h.added_bias()  # -> [s, b, f/t]
+        if self.training and self.recomputes_activation:
+            return self.dense_4h_to_h.after_activation(self.bias_gelu, wide, bias)  # -> [s, b, h]
+        narrow: Tensor = self.dense_4h_to_h(self.bias_gelu(wide, bias))  # -> [s, b, h]
         return narrow
