@@ -106,10 +106,6 @@ def _train_with_growing_batch() -> tuple[bool, int]:
     return digests[0] == digests[1], recorder.num_recorded
 
 
-def test_another_number_of_micro_batches_is_recorded_again() -> None:
-    assert run_ranks(_train_with_growing_batch, 1) == [(True, 2)]
-
-
 class Refusal(Recorder):
     """What CUDA does where work cannot be recorded: half of it has gone through Python by then."""
 
@@ -130,8 +126,13 @@ def _train_refused() -> tuple[bool, int]:
     return same, recorder.num_recorded
 
 
-def test_what_cannot_be_recorded_trains_one_by_one() -> None:
-    assert run_ranks(_train_refused, 1) == [(True, 1)]
+def _both() -> dict[str, tuple[bool, int]]:
+    return {"growing": _train_with_growing_batch(), "refused": _train_refused()}
+
+
+def test_another_number_of_micro_batches_is_recorded_again_and_what_cannot_be_trains_one_by_one() -> None:
+    # In one process, as starting it takes longer than both.
+    assert run_ranks(_both, 1) == [{"growing": (True, 2), "refused": (True, 1)}]
 
 
 def _obstacles() -> list[str | None]:

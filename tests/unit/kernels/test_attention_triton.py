@@ -218,19 +218,17 @@ def test_two_runs_agree_to_the_last_bit(device: torch.device) -> None:
     assert all(torch.equal(first, second) for first, second in zip(*runs, strict=True))
 
 
-@pytest.mark.parametrize("at_once", [1, 2, 5])
-def test_the_order_of_heads_changes_nothing(
-    at_once: int, monkeypatch: pytest.MonkeyPatch, device: torch.device
-) -> None:
-    """Three heads of keys for two batches of six heads of queries: groups of heads that do not divide them all."""
+def test_the_order_of_heads_changes_nothing(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
+    """Three heads of keys for six of queries: all at once, one by one, and two at once, which do not divide them."""
     results = []
-    for heads in (1000, at_once):
-        inputs = example(torch.bfloat16, device, b=2, n=6, kv_heads=3, s=65)
-        bytes_of_a_head = 2 * 65 * inputs[1].size(-1) * 2
+    for heads in (1000, 1, 2):
+        inputs = example(torch.bfloat16, device, n=6, kv_heads=3, s=49)
+        bytes_of_a_head = 2 * 49 * inputs[1].size(-1) * 2
         monkeypatch.setattr(triton_launch, "L2_BYTES", heads * bytes_of_a_head)
         result = TritonAttention()(*inputs, slopes=alibi_slopes(6).to(device), mask=None, dropout=0.0, training=True)
         results.append((result, *torch.autograd.grad(result, inputs, torch.ones_like(result))))
-    assert all(torch.equal(ours, theirs) for ours, theirs in zip(*results, strict=True))
+    for others in results[1:]:
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(results[0], others, strict=True))
 
 
 def test_a_fused_projection_gives_the_same_and_takes_its_gradient_whole(device: torch.device) -> None:
