@@ -166,6 +166,8 @@ def take_over_sums(
 
     def get_grads_for_norm(for_clipping: bool = False) -> Any:
         if for_clipping:
+            # DeepSpeed leaves out what nobody has told it of. The sum of such a parameter is 0.
+            owner.fp32_groups_has_gradients = [[True] * len(group) for group in owner.bf16_groups]
             return read_for_norm(for_clipping)
         # DeepSpeed would take the norm of one tensor after the other; that of all their norms is the same.
         return [sums.norms()], {}

@@ -64,8 +64,6 @@ def _grad(parameter: nn.Parameter) -> torch.Tensor:
 def train_fused(pp: int) -> tuple[list[list[float]], list[bool]]:
     """Losses of three steps through DeepSpeed's engine without and with additions fused into LayerNorm; which of this
     stage's blocks then leave their addition to the next."""
-    import deepspeed
-
     topology = start(Launch.from_environment(), tp=1, pp=pp, backend="gloo")
     model = small.bloom(num_layers=4, init_std=0.2)
     losses, left = [], []
@@ -74,31 +72,28 @@ def train_fused(pp: int) -> tuple[list[list[float]], list[bool]]:
         plan = plan_gpt(model, kernels=replace(kernels, add_layer_norm=add_layer_norm), spread=Spread(tp=topology.tp))
         pipeline = build_pipeline(plan, layout=topology.layout, partition=PARTITION, seed=6)
         left = [m.leaves_addition for m in pipeline.forward_funcs if isinstance(m, ParallelTransformerLayer)]
-        settings = {"train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 3, "gradient_clipping": 0.0}
-        engine, *_ = deepspeed.initialize(
-            model=pipeline, optimizer=torch.optim.SGD(pipeline.parameters(), lr=0.5), config=settings
-        )
-        generator = torch.Generator().manual_seed(2)
-        tokens = [torch.randint(0, 96, (2, 17), generator=generator) for _ in range(9)]
-        batches = iter([(t[:, :-1], (t[:, 1:], torch.ones(2, 16))) for t in tokens])
-        losses.append([float(engine.train_batch(batches)) for _ in range(3)])
+        losses.append(_three_steps(pipeline, vocabulary=96))
     return losses, left
 
 
 def train_with_documents(pp: int) -> list[float]:
     """Losses of three steps through DeepSpeed's engine, with document numbers sent from stage to stage."""
-    import deepspeed
-
     topology = start(Launch.from_environment(), tp=1, pp=pp, backend="gloo")
     rules = DocumentRules(eod_id=3, reset_positions=True, reset_attention=True)
     plan = _plan(small.gpt2(init_std=0.2), rules, topology)
-    pipeline = build_pipeline(plan, layout=topology.layout, partition=PARTITION, seed=6)
+    return _three_steps(build_pipeline(plan, layout=topology.layout, partition=PARTITION, seed=6), vocabulary=12)
+
+
+def _three_steps(pipeline: Any, *, vocabulary: int) -> list[float]:
+    """Losses of three updates through DeepSpeed's engine, of tokens below `vocabulary`."""
+    import deepspeed
+
     settings = {"train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 3, "gradient_clipping": 0.0}
     engine, *_ = deepspeed.initialize(
         model=pipeline, optimizer=torch.optim.SGD(pipeline.parameters(), lr=0.5), config=settings
     )
     generator = torch.Generator().manual_seed(2)
-    tokens = [torch.randint(0, 12, (2, 17), generator=generator) for _ in range(9)]
+    tokens = [torch.randint(0, vocabulary, (2, 17), generator=generator) for _ in range(9)]
     batches = iter([(t[:, :-1], (t[:, 1:], torch.ones(2, 16))) for t in tokens])
     return [float(engine.train_batch(batches)) for _ in range(3)]
 
