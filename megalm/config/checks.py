@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 from megalm.config.failures import Failure, origin_of, raise_if_any
 from megalm.config.root import Config
@@ -32,6 +32,8 @@ FRACTIONS = (
     "model.hidden_dropout", "model.attention_dropout", "training.adam_beta1", "training.adam_beta2",
     "training.lr_warmup_fraction",
 )  # fmt: skip
+OFFLOADED = {"offload_optimizer": 2, "cpu_offload": 2, "offload_param": 3, "cpu_offload_param": 3}
+"""Keys of a DeepSpeed JSON that keep state in the host's memory, and the least ZeRO stage whose engine does so."""
 WEIGHTED = ("data.train_weighted_split_paths", "data.valid_weighted_split_paths", "data.test_weighted_split_paths")
 
 
@@ -162,6 +164,16 @@ def _zero(config: Config) -> Iterator[Failure]:
             origins(config, "parallel.zero_stage", "parallel.pp"),
             "--zero-stage 0 or 1 with pipeline stages, or --pipeline-model-parallel-size 1",
         )
+    zero = config.deepspeed.get("zero_optimization", {})
+    for key, least in OFFLOADED.items():
+        offload = zero.get(key)
+        asked = offload.get("device", "none") != "none" if isinstance(offload, Mapping) else bool(offload)
+        if asked and stage < least:
+            yield Failure(
+                f"zero_optimization.{key} needs parallel.zero_stage = {least} or more, not {stage}",
+                origins(config, "parallel.zero_stage"),
+                f"--zero-stage {least}, or remove {key} from the DeepSpeed configuration",
+            )
 
 
 def _duration(config: Config) -> Iterator[Failure]:

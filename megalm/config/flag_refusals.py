@@ -84,7 +84,7 @@ REFUSALS = (
     refused(
         "--cpu-optimizer",
         "set it in the DeepSpeed JSON",
-        'use {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}',
+        'use {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}',
     ),
     refused("--start-weight-decay", "weight decay is constant", "pass --weight-decay alone"),
     refused("--end-weight-decay", "weight decay is constant", "pass --weight-decay alone"),
@@ -127,7 +127,7 @@ REFUSALS = (
     refused(
         "--remote-device",
         "set it in the DeepSpeed JSON",
-        'use {"zero_optimization": {"offload_param": {"device": "cpu"}}}',
+        'use {"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}}',
     ),
     refused(
         "--deepspeed_mpi", "ranks come from the launcher's environment, not from MPI", "launch with launch/deepspeed.sh"

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import io
 import logging
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -192,3 +193,5 @@ def build_engine(
 def _quieten_deepspeed() -> None:
     """megalm logs what matters of the set-up itself; DeepSpeed's hundreds of lines stay for its warnings."""
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # torch 2.13 has new names for what DeepSpeed 0.19 calls in every step of ZeRO-3.
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)

@@ -107,6 +107,22 @@ def test_file_that_is_missing_or_not_json_is_refused(tmp_path: Path) -> None:
         smallest("--deepspeed_config", str(tmp_path / "list.json"))
 
 
+@pytest.mark.parametrize(
+    "key, value, least",
+    [
+        ("offload_optimizer", {"device": "cpu"}, 2),
+        ("offload_param", {"device": "nvme", "nvme_path": "/scratch"}, 3),
+        ("cpu_offload", True, 2),
+    ],
+)
+def test_offload_that_the_stage_would_ignore_is_refused(tmp_path: Path, key: str, value: Any, least: int) -> None:
+    content = {"zero_optimization": {key: value}}
+    with pytest.raises(ConfigError, match=f"{key} needs parallel.zero_stage = {least} or more, not {least - 1}"):
+        with_file(tmp_path, content, "--zero-stage", str(least - 1))
+    assert with_file(tmp_path, content, "--zero-stage", str(least)).deepspeed == content
+    with_file(tmp_path, {"zero_optimization": {key: {"device": "none"}}})
+
+
 def test_gradient_accumulation_in_the_file_must_be_the_derived_one(tmp_path: Path) -> None:
     config = with_file(tmp_path, {"train_batch_size": 16, "gradient_accumulation_steps": 4})
     check(config, world_size=2, device_type="cpu", vocab_size=None)
