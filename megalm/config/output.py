@@ -80,9 +80,9 @@ class OutputConfig:
     )
     linear: str = option(
         "auto",
-        doc="Matrix products of the linear layers: auto, torch, onednn (fp32 on CPUs), fp8 (8-bit operands, e5m2 "
-        "gradients), fp8_e4m3 (e4m3 gradients). auto never takes 8 bits.",
-        choices=("auto", "torch", "onednn", "fp8", "fp8_e4m3"),
+        doc="Matrix products of the linear layers: auto, torch, onednn (fp32 on CPUs), fp32 (16-bit operands in fp32), "
+        "fp8 (8-bit operands, e5m2 gradients), fp8_e4m3 (e4m3 gradients). auto never takes 8 bits.",
+        choices=("auto", "torch", "onednn", "fp32", "fp8", "fp8_e4m3"),
     )
     compile: str = option(
         "auto",

@@ -22,12 +22,13 @@ from megalm.kernels.attention.suitability import (
 )
 from megalm.kernels.bias_gelu import eager, jit
 from megalm.kernels.bias_gelu.gated import torch_glu
+from megalm.kernels.cpu import multiplies_faster_in_fp32
 from megalm.kernels.cross_entropy.torch_rows import TorchRows
 from megalm.kernels.dropout_add.oracle import bias_dropout_add
 from megalm.kernels.gradient_sum.oracle import TorchGradientSum
 from megalm.kernels.layer_norm import apex_norm, oracle, torch_native
 from megalm.kernels.layer_norm.protocol import AddLayerNormKernel, LayerNormAndPassKernel
-from megalm.kernels.linear import fp8, onednn
+from megalm.kernels.linear import fp8, onednn, widened
 from megalm.kernels.linear.torch_native import TorchLinear
 from megalm.kernels.triton_support import triton_missing
 
@@ -151,6 +152,7 @@ _CANDIDATES: dict[str, dict[str, _Candidate]] = {
     "linear": {
         "torch": _Candidate(TorchLinear, _no_obstacle),
         "onednn": _Candidate(onednn.OneDnnLinear, onednn.obstacle),
+        "fp32": _Candidate(widened.Fp32Linear, _no_obstacle),
         "fp8": _Candidate(fp8.Fp8Linear, fp8.obstacle),
         "fp8_e4m3": _Candidate(lambda: fp8.Fp8Linear(gradient_format=fp8.E4M3), fp8.obstacle),
     },
@@ -173,19 +175,25 @@ COMPILED_HERE = {
 
 
 def choose(
-    operation: str, requested: str, device: torch.device, *, use: AttentionUse | None = None, drops: bool = False
+    operation: str,
+    requested: str,
+    device: torch.device,
+    *,
+    use: AttentionUse | None = None,
+    drops: bool = False,
+    dtype: torch.dtype | None = None,
 ) -> Choice:
     """The implementation of an operation (attention, layer_norm, ...) that `requested` names, or `auto` finds best.
 
     Build one choice and share it between the layers: an attention core caches its bias. `use` is what the model asks of
     its attention core; without it, `auto` takes one that serves every model. `drops` tells whether dropout_add has
-    anything to drop.
+    anything to drop, `dtype` what the linear layers multiply.
 
     Raises: KernelError if `requested` is not known or cannot run on `device`, or cannot serve the model.
     """
     candidates = _CANDIDATES[operation]
     if requested == "auto":
-        name, reason = _preference(operation, device, use, drops)
+        name, reason = _preference(operation, device, use, drops, dtype)
         implementation = candidates[name].build()
         if name in COMPILED_HERE:
             wrong = self_check.failure(operation, implementation, device, use=use)
@@ -231,8 +239,12 @@ def _usable(operation: str, device: torch.device, use: AttentionUse | None) -> l
     return ["auto", *(name for name, candidate in candidates if _obstacle(candidate, device, use) is None)]
 
 
-def _preference(operation: str, device: torch.device, use: AttentionUse | None, drops: bool) -> tuple[str, str]:
+def _preference(
+    operation: str, device: torch.device, use: AttentionUse | None, drops: bool, dtype: torch.dtype | None
+) -> tuple[str, str]:
     if operation == "linear":
+        if multiplies_faster_in_fp32(device, dtype):
+            return "fp32", "this processor has no fast products of 16 bits"
         if onednn.obstacle(device) is None and onednn.is_faster_here():
             return "onednn", "MKL leaves half of this processor's vector width unused, oneDNN does not"
         return "torch", "torch's own matrix products"

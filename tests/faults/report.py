@@ -102,7 +102,7 @@ class Figures:
         return [
             f"{count.id:3} {count.passed}/{count.total} {count.what}: less than {_percent(count)} fail, "
             f"{count.seconds:.1f} s"
-            for count in self.counts
+            for count in sorted(self.counts, key=lambda count: count.id)
         ]
 
     def write(self, path: Path) -> None:

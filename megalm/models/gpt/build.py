@@ -53,7 +53,7 @@ def choose_kernels(
     choices = {
         "attention": choose("attention", attention, device, use=use),
         "layer_norm": choose("layer_norm", layer_norm, device),
-        "linear": choose("linear", linear, device),
+        "linear": choose("linear", linear, device, dtype=dtype),
         "head": choose("head", head, device),
         "dropout_add": choose("dropout_add", dropout_add, device, drops=model.hidden_dropout > 0.0),
     }

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from megalm.kernels import cpu
 from megalm.kernels.alibi import alibi_slopes
 from megalm.kernels.attention.baddbmm import BaddbmmAttention
 from megalm.kernels.attention.protocol import AttentionCore
@@ -152,3 +153,20 @@ def test_core_accepts_heads_cut_from_a_fused_projection(build: Callable[[], Atte
     result = build()(q, k, v, slopes=slopes, mask=None, dropout=0.0, training=True)
     expected = float64_attention(q, k, v, slopes=slopes, mask=None)
     torch.testing.assert_close(result.double(), expected, rtol=0, atol=3e-6)
+
+
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS.keys())
+def test_without_16_bit_products_a_cpu_attends_in_fp32_and_rounds_once(
+    mask: Tensor | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpu, "_has_products", lambda dtype: False)
+    slopes = alibi_slopes(NUM_HEADS)
+    results = []
+    for dtype in (torch.bfloat16, torch.float32):
+        leaves = [value.detach().bfloat16().to(dtype).requires_grad_() for value in example(torch.float32)]
+        context = SdpaAttention()(*leaves, slopes=slopes, mask=mask, dropout=0.0, training=True)
+        context.backward(torch.ones_like(context))
+        results.append([context.detach(), *(leaf.grad for leaf in leaves)])
+    for narrow, wide in zip(*results, strict=True):
+        assert narrow.dtype == torch.bfloat16
+        assert torch.equal(narrow, wide.bfloat16())

@@ -36,6 +36,7 @@ def test_auto_names_its_pick_and_the_reason(operation: str) -> None:
         ("glu", "torch"),
         ("head", "reference"),
         ("head", "chunked"),
+        ("linear", "fp32"),
         ("dropout_add", "torch"),
     ],
 )

@@ -7,16 +7,18 @@ import torch
 from torch import Tensor
 
 from megalm.errors import KernelError
+from megalm.kernels import cpu
 from megalm.kernels.backend import choose
 from megalm.kernels.linear import fp8, onednn
 from megalm.kernels.linear.protocol import LinearKernel
 from megalm.kernels.linear.torch_native import TorchLinear, add_weight_gradient
+from megalm.kernels.linear.widened import Fp32Linear
 from megalm.parallel.linear import linear
 
 CPU = torch.device("cpu")
 needs_onednn = pytest.mark.skipif(onednn.obstacle(CPU) is not None, reason=f"{onednn.obstacle(CPU)}")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-WIDE = [TorchLinear(), pytest.param(onednn.OneDnnLinear(), marks=needs_onednn)]
+WIDE = [TorchLinear(), Fp32Linear(), pytest.param(onednn.OneDnnLinear(), marks=needs_onednn)]
 # One rounding of each operand: half of the last bit of the mantissa, 3 bits in e4m3 and 2 in e5m2.
 E4M3_ROUNDING, E5M2_ROUNDING = 2.0**-4, 2.0**-3
 
@@ -125,6 +127,30 @@ def test_one_differentiable_operation_is_made_of_the_three_products(kernel: Line
     assert torch.equal(y, output)
     for leaf, wanted in zip(leaves, (grad_x, grad_weight, grad.sum(0)), strict=True):
         torch.testing.assert_close(leaf.grad, wanted, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_16_bit_products_in_fp32_are_rounded_once(dtype: torch.dtype) -> None:
+    values = [value.to(dtype) for value in operands(tokens=256, inputs=512, outputs=96)]
+    exact = products(TorchLinear(), *(value.double() for value in values))
+    magnitudes = products(TorchLinear(), *(value.double().abs() for value in values))
+    for got, wanted, magnitude in zip(products(Fp32Linear(), *values), exact, magnitudes, strict=True):
+        assert got.dtype == dtype
+        # Half a unit in the last place of the result, and the rounding of a sum of up to 512 in fp32.
+        half_an_ulp = torch.finfo(dtype).eps / 2 * wanted.abs()
+        assert ((got - wanted).abs() <= half_an_ulp + 513 * 2.0**-24 * magnitude).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_auto_multiplies_16_bits_in_fp32_where_a_cpu_has_no_such_products(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpu, "_has_products", lambda dtype: False)
+    assert choose("linear", "auto", CPU, dtype=dtype).name == "fp32"
+    assert choose("linear", "auto", CPU, dtype=torch.float32).name in ("torch", "onednn")
+    assert choose("linear", "auto", torch.device("cuda"), dtype=dtype).name == "torch"
+    monkeypatch.setattr(cpu, "_has_products", lambda dtype: True)
+    assert choose("linear", "auto", CPU, dtype=dtype).name in ("torch", "onednn")
 
 
 def test_auto_never_takes_eight_bits_and_a_gpu_takes_no_cpu_kernel() -> None:
