@@ -50,6 +50,9 @@ class SdpaAttention(SplitProjection):
         if multiplies_faster_in_fp32(q.device, q.dtype):
             wide = self(q.float(), k.float(), v.float(), slopes=slopes, mask=mask, dropout=dropout, training=training)
             return wide.to(q.dtype)
+        if q.device.type == "cpu":
+            # torch's kernel reads them block by block: a fused projection's rows, 3 heads apart, cost it a sixth more.
+            q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
         dropout_p = dropout if training else 0.0
         scale = 1.0 / math.sqrt(q.size(-1))
         if mask is None:
