@@ -187,6 +187,9 @@ def build_engine(
             raw._bf16_reduce_grads = sums.average
     if not pipelined:
         return DataParallelTrainingEngine(raw, topology)
+    if topology.dp.size == 1 and not raw.zero_optimization():
+        # DeepSpeed would copy all gradients together and back to add up those of one replica.
+        raw.pipeline_enable_backward_allreduce = False
     return PipelineTrainingEngine(raw, topology, None if sums is None or graph is None else graph(raw, sums))
 
 
