@@ -9,7 +9,8 @@ import pytest
 
 from tests.multinode.hosts import INTERFACE, Hosts, Unavailable, install_programs
 from tests.support.launching import losses, program, run, script
-from tests.support.tiny_run import write_corpus
+from tests.support.ranks import run_ranks
+from tests.support.tiny_run import train_tiny, write_corpus
 
 pytestmark = [pytest.mark.multinode, pytest.mark.dist, pytest.mark.slow]
 
@@ -46,10 +47,7 @@ def test_tp2_pp2_over_two_hosts_has_the_losses_of_one_host(hosts: Hosts, tmp_pat
     assert ended.code == 0, ended.output
     assert all(f"{address}: " in ended.output for address in hosts.addresses), ended.output
 
-    launch = script("deepspeed.sh", "--num_gpus", "4")
-    ended = run([*launch, *program("--data-path", corpus, "--save", str(alone), *LAYOUT)])
-    assert ended.code == 0, ended.output
-
+    run_ranks(train_tiny, 4, ["--data-path", corpus, "--save", str(alone), *LAYOUT])
     assert len(losses(alone)) == 20
     assert losses(across) == losses(alone)
 
