@@ -5,6 +5,7 @@
 #   KERNEL_TESTS=1 bash benchmarks/all.sh    first the tests that only a GPU can pass, and the kernels' tests on it
 #
 # On one Hopper GPU all of it takes about 20 minutes; PARTS="tests kernels small large" chooses among the parts.
+# PARTS=marks times the trainer beside each peer where docs/performance.md compares them, in about 7 minutes.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/environment.sh
@@ -21,7 +22,11 @@ run() { # run NAME COMMAND...: prints, keeps the output, goes on after a failure
 }
 
 step() { # step MODEL ARGUMENTS...
-    run "step-$1" "$python" benchmarks/train_step.py --model "$1" --json "$folder/step-$1.json" "${@:2}"
+    mark "$1" "$@"
+}
+
+mark() { # mark NAME MODEL ARGUMENTS...: a step under a name of its own
+    run "step-$1" "$python" benchmarks/train_step.py --model "$2" --json "$folder/step-$1.json" "${@:3}"
 }
 
 for part in $parts; do
@@ -44,7 +49,15 @@ for part in $parts; do
                 step bloom-1b7 --peer plain-compile transformers --micro-batch-sizes 2 4 8
             fi
             ;;
-        *) echo "no part named $part: tests, kernels, small, large" >&2; exit 2 ;;
+        marks)
+            few=(--warmup-steps 2 --steps 5)
+            mark 560m-plain bloom-560m --peer plain-compile --micro-batch-sizes 8 "${few[@]}"
+            mark 560m-transformers bloom-560m --peer transformers --micro-batch-sizes 4 "${few[@]}"
+            mark 1b7-plain bloom-1b7 --peer plain-compile --micro-batch-sizes 8 "${few[@]}"
+            mark 1b7-largest bloom-1b7 --peer plain-compile --micro-batch-sizes 16 20 --num-micro-batches 2 "${few[@]}" \
+                parallel.recompute=activation
+            ;;
+        *) echo "no part named $part: tests, kernels, small, large, marks" >&2; exit 2 ;;
     esac
 done
 "$python" benchmarks/draw.py "$folder" --picture "$folder/performance.png" --table "$folder/performance.md"

@@ -10,7 +10,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megalm.errors import CheckpointError, MegalmError
+from megalm.errors import CheckpointError, ConfigError, MegalmError
 
 
 def parser() -> argparse.ArgumentParser:
@@ -36,7 +36,11 @@ def open_model(options: argparse.Namespace) -> tuple[Any, Any, int | None]:
     if (options.load / "config.json").is_file():
         from transformers import AutoModelForCausalLM
 
-        model = AutoModelForCausalLM.from_pretrained(options.load, local_files_only=True, trust_remote_code=False)
+        try:
+            model = AutoModelForCausalLM.from_pretrained(options.load, local_files_only=True, trust_remote_code=False)
+        except (OSError, ValueError) as failure:
+            said = str(failure).splitlines()[0]
+            raise CheckpointError(f"{options.load} holds no model that transformers reads: {said}") from failure
         model.float().eval()
         tokenizer = tokenizer or open_tokenizer("PretrainedFromHF", path=str(options.load))
         return (lambda tokens: model(tokens).logits), tokenizer, getattr(model.config, "n_positions", None)
@@ -64,6 +68,10 @@ def run(options: argparse.Namespace) -> None:
     """Load, continue, print."""
     from megalm.checkpoint.standalone import Sampling, continue_tokens
 
+    for name, least in (("max_new_tokens", 0), ("temperature", 0), ("top_k", 1)):
+        value = getattr(options, name)
+        if value is not None and not value >= least:
+            raise ConfigError(f"--{name.replace('_', '-')} {value} must be at least {least}")
     logits, tokenizer, max_length = open_model(options)
     tokens = tokenizer.encode(options.prompt)
     if not tokens:

@@ -31,6 +31,7 @@ PASSED_ON = (
     "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "zero_optimization", "bf16", "fp16",
     "aio", "comms_logger", "flops_profiler", "timers",
 )  # fmt: skip
+BLOCKS = ("zero_optimization", "bf16", "bfloat16", "fp16", "aio", "comms_logger", "flops_profiler", "timers")
 REFUSED = {
     "optimizer": "the optimizer is set by --lr, --adam-beta1, --weight-decay and their like",
     "scheduler": "the schedule is set by --lr-decay-style, --lr-warmup-samples and their like",
@@ -126,6 +127,13 @@ def read_deepspeed(content: Any, source: str, settings: Settings) -> None:
             Failure(f"the DeepSpeed configuration must be a mapping, got {content!r}", f"in {source}")
         )
         return
+    flat = [name for name in BLOCKS if name in content and not isinstance(content[name], Mapping)]
+    for name in flat:
+        if content[name] != "auto":
+            settings.failures.append(
+                Failure(f"{name} = {content[name]!r} must be a block of keys", f"in {source}", f'"{name}": {{...}}')
+            )
+    content = {name: value for name, value in content.items() if name not in flat}
     _read_dtype(content, source, settings)
     for path, value in _leaves(content):
         top = path.partition(".")[0]
@@ -166,6 +174,10 @@ def _read_dtype(content: Mapping[str, Any], source: str, settings: Settings) -> 
                     f"{origin_of('training.dtype', settings.source('training.dtype'))}; the other in {source}",
                     "remove one of the two",
                 )
+            )
+        elif switch not in (None, True, False, "auto"):
+            settings.failures.append(
+                Failure(f"{block}.enabled = {switch!r} is neither true nor false", f"in {source}", "no quotation marks")
             )
     if len(set(enabled)) > 1:
         settings.failures.append(Failure("fp16 and bf16 are both enabled", f"in {source}", "enable one of them"))

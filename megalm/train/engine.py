@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import io
 import logging
@@ -17,6 +18,7 @@ import torch.distributed
 from torch import nn
 
 from megalm.data.batches import Batch
+from megalm.errors import ConfigError
 from megalm.kernels.gradient_sum.oracle import TorchGradientSum
 from megalm.kernels.gradient_sum.protocol import GradientSumKernel
 from megalm.topology.mpu import Mpu
@@ -158,12 +160,14 @@ def build_engine(
 
     `gradient_sum` adds 16-bit gradients to fp32 sums where DeepSpeed keeps those for the whole model; torch by default.
     `graph` makes one graph of a micro-batch that adds to those sums, on one stage.
+    Raises: ConfigError if DeepSpeed does not take a key or a value of `deepspeed_config`.
     """
     import deepspeed
     from deepspeed.pipe import PipelineModule
     from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 
     _quieten_deepspeed()
+    _check_keys(deepspeed_config, topology)
     pipelined = isinstance(module, PipelineModule)
     # DeepSpeed 0.19 prints its memory eight times while it sets up bf16.
     with contextlib.redirect_stdout(io.StringIO()):
@@ -193,8 +197,28 @@ def build_engine(
     return PipelineTrainingEngine(raw, topology, None if sums is None or graph is None else graph(raw, sums))
 
 
+def _check_keys(deepspeed_config: dict[str, Any], topology: Topology) -> None:
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    try:
+        DeepSpeedConfig(copy.deepcopy(deepspeed_config), mpu=Mpu(topology))
+    except Exception as refusal:  # It raises its own, pydantic's, ValueError, TypeError and AssertionError.
+        said = " ".join(line.strip() for line in str(refusal).splitlines()[:3])
+        raise ConfigError(
+            f"DeepSpeed does not take its configuration: {said}\n"
+            "  its keys are set by --deepspeed_config; correct or remove this one"
+        ) from refusal
+
+
+def _is_worth_reading(record: logging.LogRecord) -> bool:
+    """Not DeepSpeed's surprise at torch's AdamW under ZeRO, which is what is tested here."""
+    return "untested optimizer" not in record.getMessage()
+
+
 def _quieten_deepspeed() -> None:
     """megalm logs what matters of the set-up itself; DeepSpeed's hundreds of lines stay for its warnings."""
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    logger = logging.getLogger("DeepSpeed")
+    logger.setLevel(logging.WARNING)
+    logger.addFilter(_is_worth_reading)
     # torch 2.13 has new names for what DeepSpeed 0.19 calls in every step of ZeRO-3.
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)

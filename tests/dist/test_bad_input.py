@@ -141,6 +141,21 @@ def _corpus_on_the_first_rank_only(prefix: str) -> tuple[Any, str]:
     return run_program(["--data-path", own])
 
 
+@pytest.mark.parametrize(
+    "content, named", [('{"zero_optimization": {"bogus": 1}}', "bogus"), ('{"communication_data_type": "u8"}', "u8")]
+)
+def test_a_key_that_deepspeed_does_not_take_is_named(tmp_path: Path, content: str, named: str) -> None:
+    path = tmp_path / "deepspeed.json"
+    path.write_text(content)
+    flags = ["--data-path", write_corpus(tmp_path), "--deepspeed_config", str(path)]
+    # The corpus is open by then, and its sample maps are written beside it.
+    (code, said), (_, others) = run_ranks(run_program, 2, flags, timeout=60.0)
+    assert code == 2
+    assert "DeepSpeed does not take its configuration" in said
+    assert named in said
+    assert "Traceback" not in said + others
+
+
 def test_what_fails_on_another_rank_alone_stops_all_with_its_words(tmp_path: Path) -> None:
     outcomes = run_ranks(_corpus_on_the_first_rank_only, 2, write_corpus(tmp_path), timeout=60.0)
     assert [code for code, _ in outcomes] == [3, 3]

@@ -88,6 +88,9 @@ def test_dtype_that_the_file_switches_off_is_a_contradiction(tmp_path: Path) -> 
         ({"train_batchsize": 4}, "nearest: train_batch_size"),
         ({"train_batch_size": "many"}, "expected an integer"),
         ({"bf16": {"enabled": True}, "fp16": {"enabled": True}}, "fp16 and bf16 are both enabled"),
+        ({"bf16": True}, "bf16 = True must be a block of keys"),
+        ({"bf16": {"enabled": "true"}}, "bf16.enabled = 'true' is neither true nor false"),
+        ({"zero_optimization": 1}, "zero_optimization = 1 must be a block of keys"),
     ],
 )
 def test_key_that_cannot_be_obeyed_is_refused(tmp_path: Path, content: dict[str, Any], expected: str) -> None:

@@ -43,6 +43,44 @@ def test_export_with_proof_then_generate_from_both_sides(run_folder: Path, capsy
     assert texts[0].startswith(PROMPT)
 
 
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--top-k", "0", "--temperature", "1"], "--top-k 0 must be at least 1"),
+        (["--temperature", "-1"], "--temperature -1.0 must be at least 0"),
+        (["--temperature", "nan"], "--temperature nan must be at least 0"),
+        (["--max-new-tokens", "-3"], "--max-new-tokens -3 must be at least 0"),
+    ],
+)
+def test_a_choice_of_tokens_that_cannot_be_is_refused(
+    arguments: list[str], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert generate.main(["--load", str(tmp_path), "--prompt", PROMPT, *arguments]) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_a_folder_without_a_model_is_no_hugging_face_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("transformers")
+    (tmp_path / "config.json").write_text('{"model_type": "bloom"}')
+    assert generate.main(["--load", str(tmp_path), "--prompt", PROMPT]) == 5
+    assert "holds no model that transformers reads: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--save", "{run}/out", "--tensor-model-parallel-size", "0"], "parallel sizes must be at least 1"),
+        (["--save", "{run}/latest", "--tensor-model-parallel-size", "2"], "latest is a file"),
+    ],
+)
+def test_a_conversion_that_cannot_be_is_refused(
+    run_folder: Path, arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words_of_it = [word.replace("{run}", str(run_folder)) for word in arguments]
+    assert convert_checkpoint.main(["--load", str(run_folder), *words_of_it]) == 5
+    assert words in capsys.readouterr().err
+
+
 def test_an_export_loads_with_its_tokenizer(run_folder: Path) -> None:
     transformers = pytest.importorskip("transformers")
     out = run_folder.parent / "hf"
