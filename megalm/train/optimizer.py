@@ -25,7 +25,28 @@ def parameter_groups(module: nn.Module, *, weight_decay: float) -> list[dict[str
     ]
 
 
-class AdamW(torch.optim.AdamW):
+class PlainAdamW(torch.optim.AdamW):
+    """torch's AdamW, without torch.compile's tracer.
+
+    torch's own loads torch._dynamo, 3 s of processor time in every process, to have optimizers left out of graphs. Here
+    none is ever in one. DeepSpeed's ZeRO loads it for its Muon; in fp32 without ZeRO nothing else does.
+    """
+
+    def __init__(self, groups: Iterable[dict[str, Any]], **options: Any) -> None:
+        for name in ("add_param_group", "load_state_dict", "state_dict", "zero_grad"):
+            function = getattr(getattr(torch.optim.Optimizer, name), "__wrapped__", None)
+            if function is not None:
+                # Where torch 2.13 keeps what the tracer made of it.
+                setattr(function, "__dynamo_disable", function)  # noqa: B010  (the name must not be mangled)
+        super().__init__(groups, **options)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> Any:
+        undecorated = getattr(torch.optim.AdamW.step, "__wrapped__", None)
+        return super().step(closure) if undecorated is None else undecorated(self, closure)
+
+
+class AdamW(PlainAdamW):
     """torch's AdamW whose step first measures the gradient norm of the whole model and clips to it.
 
     DeepSpeed clips by itself in fp16 and with ZeRO. In plain fp32 its norm leaves out the replicated parameters of all
@@ -103,5 +124,5 @@ def build_optimizer(
         "fused": True,  # one kernel for all parameters; on a CPU a ninth of the time of an operation at a time
     }
     if engine_clips:
-        return torch.optim.AdamW(groups, **options)
+        return PlainAdamW(groups, **options)
     return AdamW(groups, topology=topology, clip_grad=training.clip_grad, **options)
