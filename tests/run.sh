@@ -10,7 +10,7 @@ source launch/environment.sh
 require_module pytest
 # Many tests use one core or wait; a file's tests stay together, and the longest files come first.
 if [ $# = 0 ] && "$python" -c 'import xdist' 2>/dev/null; then
-    cores=$(nproc)
+    cores=$(env -u OMP_NUM_THREADS nproc) # nproc takes the variable for a limit
     set -- -n $((cores < 4 ? cores : 4)) --dist loadfile --no-loadscope-reorder
 fi
 exec "$python" -m pytest "$@"
