@@ -45,10 +45,6 @@ def run(options: argparse.Namespace) -> tuple[Path, Path]:
         raise CheckpointError("--to-universal has no layout\n  leave out the parallel sizes")
     if not options.to_universal and sizes[0] is None:
         raise CheckpointError("convert into what?\n  give --tensor-model-parallel-size, or --to-universal")
-    if any(size is not None and size < 1 for size in sizes):
-        raise CheckpointError("parallel sizes must be at least 1")
-    if options.save.exists() and not options.save.is_dir():
-        raise CheckpointError(f"--save {options.save} is a file\n  give a folder")
     verifying, writing = ByteLine(sys.stderr, "verifying"), ByteLine(sys.stderr, "writing")
     checkpoint = find_checkpoint(options.load, step=options.step, warn=warn, progress=verifying)
     verifying.close()

@@ -58,8 +58,10 @@ def reshape_checkpoint(
     states belong to the old ranks and are left out.
     Raises: CheckpointError if the sizes do not fit the model, or the destination has this step already.
     """
+    if min(tp_size, pp_size) < 1:
+        raise CheckpointError(f"parallel sizes must be at least 1, not {tp_size} and {pp_size}")
     source = open_checkpoint(checkpoint)
-    if not 1 <= pp_size <= source.shape.num_layers:
+    if pp_size > source.shape.num_layers:
         raise CheckpointError(f"{pp_size} pipeline stages do not fit {source.shape.num_layers} layers\n  give fewer")
     for weight in weight_table(source.shape):
         shard(weight, torch.empty(weight.shape, device="meta"), tp_rank=0, tp_size=tp_size)
@@ -89,8 +91,10 @@ def reshape_checkpoint(
 def offline_folder(destination: Path, step: int, *, latest: str = layout.LATEST) -> Iterator[Path]:
     """A folder to write a checkpoint to, which is published as `destination/global_stepN` when the block ends well.
 
-    Raises: CheckpointError if the destination has this step already.
+    Raises: CheckpointError if the destination is a file, or has this step already.
     """
+    if destination.is_file():
+        raise CheckpointError(f"{destination} is a file\n  give a folder")
     final = destination / layout.step_folder(step)
     if final.exists():
         raise CheckpointError(f"{final} exists, and nothing is overwritten\n  give another folder")

@@ -25,13 +25,12 @@ FIELDS = {
     "fp16.min_loss_scale": "training.min_loss_scale",
 }
 # Keys that DeepSpeed receives as they are. A block name admits everything inside it that is not a field.
+BLOCKS = ("zero_optimization", "bf16", "fp16", "aio", "comms_logger", "flops_profiler", "timers")
 PASSED_ON = (
     "gradient_accumulation_steps", "steps_per_print", "wall_clock_breakdown", "memory_breakdown", "dump_state",
     "disable_allgather", "communication_data_type", "prescale_gradients", "gradient_predivide_factor",
-    "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "zero_optimization", "bf16", "fp16",
-    "aio", "comms_logger", "flops_profiler", "timers",
+    "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", *BLOCKS,
 )  # fmt: skip
-BLOCKS = ("zero_optimization", "bf16", "bfloat16", "fp16", "aio", "comms_logger", "flops_profiler", "timers")
 REFUSED = {
     "optimizer": "the optimizer is set by --lr, --adam-beta1, --weight-decay and their like",
     "scheduler": "the schedule is set by --lr-decay-style, --lr-warmup-samples and their like",
@@ -127,7 +126,7 @@ def read_deepspeed(content: Any, source: str, settings: Settings) -> None:
             Failure(f"the DeepSpeed configuration must be a mapping, got {content!r}", f"in {source}")
         )
         return
-    flat = [name for name in BLOCKS if name in content and not isinstance(content[name], Mapping)]
+    flat = [name for name in (*BLOCKS, "bfloat16") if name in content and not isinstance(content[name], Mapping)]
     for name in flat:
         if content[name] != "auto":
             settings.failures.append(

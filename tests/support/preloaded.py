@@ -11,7 +11,7 @@ for name in (
     "deepspeed.ops",
     "deepspeed.pipe",
     "deepspeed.runtime.pipe.engine",
-    "torch._dynamo",  # the first optimizer imports it
+    "torch._dynamo",  # DeepSpeed's ZeRO and recomputation import it
     "torch.utils.checkpoint",
     "megalm.models.gpt.pipeline",
     "megalm.train.build",
