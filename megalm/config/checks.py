@@ -174,6 +174,13 @@ def _zero(config: Config) -> Iterator[Failure]:
                 origins(config, "parallel.zero_stage"),
                 f"--zero-stage {least}, or remove {key} from the DeepSpeed configuration",
             )
+    if zero.get("round_robin_gradients"):
+        # DeepSpeed 0.19 orders the shards by it and describes them without: at another layout weights change places.
+        yield Failure(
+            "zero_optimization.round_robin_gradients makes checkpoints that load wrong at another layout",
+            "in the DeepSpeed configuration",
+            "remove it",
+        )
 
 
 def _duration(config: Config) -> Iterator[Failure]:

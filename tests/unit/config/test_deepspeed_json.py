@@ -91,6 +91,7 @@ def test_dtype_that_the_file_switches_off_is_a_contradiction(tmp_path: Path) -> 
         ({"bf16": True}, "bf16 = True must be a block of keys"),
         ({"bf16": {"enabled": "true"}}, "bf16.enabled = 'true' is neither true nor false"),
         ({"zero_optimization": 1}, "zero_optimization = 1 must be a block of keys"),
+        ({"zero_optimization": {"round_robin_gradients": True}}, "checkpoints that load wrong at another layout"),
     ],
 )
 def test_key_that_cannot_be_obeyed_is_refused(tmp_path: Path, content: dict[str, Any], expected: str) -> None:
