@@ -159,19 +159,20 @@ _CANDIDATES: dict[str, dict[str, _Candidate]] = {
 }
 
 
-COMPILED_HERE = {
-    "triton": {
-        "attention": "sdpa",
-        "layer_norm": "torch",
-        "bias_gelu": "torch",
-        "glu": "torch",
-        "head": "chunked",
-        "gradient_sum": "torch",
-        "dropout_add": "torch",
-    },
-    "flex": {"attention": "sdpa"},
+RUNS_EVERYWHERE = {
+    "attention": "sdpa",
+    "layer_norm": "torch",
+    "bias_gelu": "torch",
+    "glu": "torch",
+    "dropout_add": "torch",
+    "head": "chunked",
+    "gradient_sum": "torch",
+    "linear": "torch",
 }
-"""Implementations that `auto` takes only if they pass `self_check`, and what it takes in their place."""
+"""What an operation takes where the best that there is does not run, or not on every rank."""
+
+COMPILED_HERE = ("triton", "flex")
+"""Implementations that `auto` takes only if they pass `self_check`."""
 
 
 def choose(
@@ -198,7 +199,7 @@ def choose(
         if name in COMPILED_HERE:
             wrong = self_check.failure(operation, implementation, device, use=use)
             if wrong is not None:
-                fallback = COMPILED_HERE[name][operation]
+                fallback = RUNS_EVERYWHERE[operation]
                 return Choice(fallback, candidates[fallback].build(), f"{name} failed its check on this GPU: {wrong}")
         return Choice(name, implementation, reason)
     field = "output.bias_gelu" if operation == "glu" else f"output.{operation}"

@@ -23,7 +23,8 @@ from megalm.data.loader import batch_iterator
 from megalm.data.order_digest import order_digest
 from megalm.data.source import SampleSource
 from megalm.errors import DataError
-from megalm.kernels.backend import choose
+from megalm.kernels.backend import Choice, choose
+from megalm.kernels.gradient_sum.protocol import GradientSumKernel
 from megalm.models.blocks.arrangement import Spread
 from megalm.models.flops import flops_per_token, parameter_count
 from megalm.models.gpt.build import build_model, build_pipeline, choose_kernels, plan_gpt
@@ -40,6 +41,7 @@ from megalm.train.cuda_graph import MicroBatchGraph, choose_cuda_graph
 from megalm.train.engine import Engine, build_engine
 from megalm.train.evaluation import Evaluator
 from megalm.train.gradient_sums import GradientSums
+from megalm.train.kernel_choice import choose_on_all_ranks
 from megalm.train.loop import Run
 from megalm.train.optimizer import build_optimizer
 from megalm.train.samples import sample_counts
@@ -185,20 +187,26 @@ def _build_module(plan: Plan, topology: Topology, streams: RngStreams, console: 
     """The whole model on one stage for ZeRO-2 and 3, otherwise this rank's pipeline stage; its attention's name."""
     config = plan.config
     documents = _document_rules(plan)
-    kernels, choices = choose_kernels(
-        config.model,
-        device=topology.device,
-        attention=config.output.attention,
-        layer_norm=config.output.layer_norm,
-        bias_gelu=config.output.bias_gelu,
-        linear=config.output.linear,
-        head=config.output.head,
-        dropout_add=config.output.dropout_add,
-        dtype=TORCH_DTYPES[config.training.dtype],
-        documents=documents,
+    output = config.output
+    kernels, names = choose_on_all_ranks(
+        {
+            "attention": output.attention,
+            "layer_norm": output.layer_norm,
+            "bias_gelu": output.bias_gelu,
+            "linear": output.linear,
+            "head": output.head,
+            "dropout_add": output.dropout_add,
+        },
+        lambda names: choose_kernels(
+            config.model,
+            device=topology.device,
+            dtype=TORCH_DTYPES[config.training.dtype],
+            documents=documents,
+            **names,
+        ),
+        topology=topology,
+        console=console,
     )
-    for operation, choice in choices.items():
-        console.info(f"{operation}: {choice.name} ({choice.reason})")
     model_plan = plan_gpt(
         config.model,
         seq_length=config.data.seq_length,
@@ -214,7 +222,7 @@ def _build_module(plan: Plan, topology: Topology, streams: RngStreams, console: 
     )
     if config.parallel.zero_stage >= 2:
         model = build_model(model_plan, seed=config.training.seed, num_threads=_threads_to_draw(topology.device))
-        return model, choices["attention"].name
+        return model, names["attention"]
     pipeline = build_pipeline(
         model_plan,
         layout=topology.layout,
@@ -224,7 +232,7 @@ def _build_module(plan: Plan, topology: Topology, streams: RngStreams, console: 
     )
     for stage, layers in enumerate(pipeline.stages()):
         console.info(f"stage {stage}: layers {layers.start} to {layers.stop - 1}")
-    return pipeline, choices["attention"].name
+    return pipeline, names["attention"]
 
 
 def _threads_to_draw(device: torch.device) -> int:
@@ -245,11 +253,18 @@ def _build_engine(
     optimizer = build_optimizer(module, config.training, topology=topology, engine_clips=engine_clips(config))
     gradient_sum = None
     if config.training.dtype == "bf16" and effective_zero_stage(config) == 1:
-        choice = choose("gradient_sum", "auto", topology.device)
-        console.info(f"gradient_sum: {choice.name} ({choice.reason})")
-        gradient_sum = choice.implementation
+        gradient_sum = _choose_gradient_sum(topology, console)
     settings = deepspeed_json(config, dp_size=topology.dp.size)
     return build_engine(module, optimizer, settings, topology, gradient_sum=gradient_sum, graph=graph)
+
+
+def _choose_gradient_sum(topology: Topology, console: Console) -> GradientSumKernel:
+    def choose_it(names: Mapping[str, str]) -> tuple[GradientSumKernel, dict[str, Choice]]:
+        choice = choose("gradient_sum", names["gradient_sum"], topology.device)
+        return choice.implementation, {"gradient_sum": choice}
+
+    kernel, _ = choose_on_all_ranks({"gradient_sum": "auto"}, choose_it, topology=topology, console=console)
+    return kernel
 
 
 def _open_datasets(plan: Plan, *, verifies: bool, log: Callable[[str], None]) -> Datasets:
