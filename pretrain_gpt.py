@@ -14,7 +14,7 @@ import sys
 
 from megalm.config.parse import HelpRequested, parse_command_line  # neither torch nor DeepSpeed: --help answers at once
 from megalm.errors import MegalmError
-from megalm.topology.start import leave, report_failure
+from megalm.topology.start import leave, report_failure, report_interruption
 
 
 def main(arguments: list[str]) -> int:
@@ -30,7 +30,8 @@ def main(arguments: list[str]) -> int:
 
     plan = prepare(config)  # the tokenizer, and every check that one process can make alone
     if config.dry_run:
-        print(plan.report())
+        if plan.launch.rank == 0:
+            print(plan.report())
         return 0
     with running(plan) as run:  # join the other processes, load the checkpoint, open the data
         return evaluate_once(run) if config.training.eval_only else train(run)
@@ -41,4 +42,6 @@ if __name__ == "__main__":
         exit_code = main(sys.argv[1:])
     except MegalmError as error:
         exit_code = report_failure(error)
+    except KeyboardInterrupt:  # while starting or evaluating alone; training finishes its step, saves and stops
+        exit_code = report_interruption()
     leave(exit_code)

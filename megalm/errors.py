@@ -12,6 +12,8 @@ class MegalmError(Exception):
     """Something the user can put right. The message says how."""
 
     exit_code = 1
+    is_of_one_rank = False
+    """Whether the other ranks may know nothing of it."""
 
 
 class ConfigError(MegalmError):
@@ -36,6 +38,13 @@ class KernelError(MegalmError):
     """A kernel that was asked for by name and cannot run here."""
 
     exit_code = 4
+
+
+class DeviceMemoryError(MegalmError):
+    """A GPU whose memory the run does not fit into."""
+
+    exit_code = 6
+    is_of_one_rank = True
 
 
 class CheckpointError(MegalmError):

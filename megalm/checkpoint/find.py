@@ -57,9 +57,9 @@ def find_checkpoint(
     here.
     """
     folder = Path(folder)
-    candidates, remarks = exchange(_candidates(folder, step, universal) if world.is_first else ([], []), world)[0]
+    paths, remarks = exchange(candidates(folder, step, universal) if world.is_first else ([], []), world)[0]
     rejected: list[str] = list(remarks)
-    for path in candidates:
+    for path in paths:
         started = time.monotonic()
         problems, num_bytes = _problems(path, world, progress)
         if not problems:
@@ -80,8 +80,8 @@ def find_checkpoint(
     )
 
 
-def _candidates(folder: Path, step: int | None, universal: bool) -> tuple[list[Path], list[str]]:
-    """Paths in the order they are tried, and what is odd about the folder."""
+def candidates(folder: Path, step: int | None, universal: bool) -> tuple[list[Path], list[str]]:
+    """The checkpoints of a folder in the order they are tried, by their names, and what is odd about it."""
     if not folder.is_dir():
         return [], [f"{folder} is not a folder"]
     if (folder / layout.MANIFEST).is_file() or is_bigscience(folder) or is_universal(folder):

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 
+from megalm.config.checks_deepspeed import deepspeed_failures
+from megalm.config.deepspeed_json import LARGEST_SCALE_POWER
 from megalm.config.failures import Failure, origin_of, raise_if_any
 from megalm.config.root import Config
 from megalm.config.step_ranges import parse_step_ranges
@@ -32,8 +34,6 @@ FRACTIONS = (
     "model.hidden_dropout", "model.attention_dropout", "training.adam_beta1", "training.adam_beta2",
     "training.lr_warmup_fraction",
 )  # fmt: skip
-OFFLOADED = {"offload_optimizer": 2, "cpu_offload": 2, "offload_param": 3, "cpu_offload_param": 3}
-"""Keys of a DeepSpeed JSON that keep state in the host's memory, and the least ZeRO stage whose engine does so."""
 WEIGHTED = ("data.train_weighted_split_paths", "data.valid_weighted_split_paths", "data.test_weighted_split_paths")
 
 
@@ -53,7 +53,7 @@ def static_failures(config: Config) -> list[Failure]:
     """The failures that can be told without processes, device or tokenizer."""
     checks: tuple[Check, ...] = (
         _ranges, _shape, _positions, _pipeline, _zero, _duration, _skipped, _schedule, _ramp_up, _precision, _corpora,
-        _tokenizer, _checkpoints, _profile,
+        _tokenizer, _checkpoints, _profile, deepspeed_failures,
     )  # fmt: skip
     return [failure for one in checks for failure in one(config)]
 
@@ -85,6 +85,8 @@ def _ranges(config: Config) -> Iterator[Failure]:
         value = config.get(path)
         if value is not None and value < 0:
             yield Failure(f"{set_to(config, path)} must not be negative", origins(config, path))
+    if config.training.seed >= 2**32:  # numpy's generators take 32 bits
+        yield Failure(f"{set_to(config, 'training.seed')} must be less than 2^32", origins(config, "training.seed"))
     for path in FRACTIONS:
         value = config.get(path)
         if value is not None and not 0 <= value < 1:
@@ -132,7 +134,7 @@ def _pipeline(config: Config) -> Iterator[Failure]:
         yield Failure(
             f"parallel.pipeline_partition = {method} is not a way to deal layers to stages",
             origins(config, "parallel.pipeline_partition"),
-            "parameters, uniform, or type:REGEX, without quotation marks inside the value",
+            "parameters, uniform, or type:REGEX, without quotation marks or colons inside the value",
         )
     if parallel.sequence_parallel and parallel.tp == 1:
         yield Failure(
@@ -153,7 +155,7 @@ def _is_regex(pattern: str) -> bool:
         re.compile(pattern)
     except re.error:
         return False
-    return bool(pattern) and "'" not in pattern and '"' not in pattern
+    return bool(pattern) and not {"'", '"', ":"} & set(pattern)  # DeepSpeed takes what is between two colons
 
 
 def _zero(config: Config) -> Iterator[Failure]:
@@ -163,23 +165,6 @@ def _zero(config: Config) -> Iterator[Failure]:
             f"parallel.zero_stage = {stage} cannot be combined with parallel.pp = {pp} stages",
             origins(config, "parallel.zero_stage", "parallel.pp"),
             "--zero-stage 0 or 1 with pipeline stages, or --pipeline-model-parallel-size 1",
-        )
-    zero = config.deepspeed.get("zero_optimization", {})
-    for key, least in OFFLOADED.items():
-        offload = zero.get(key)
-        asked = offload.get("device", "none") != "none" if isinstance(offload, Mapping) else bool(offload)
-        if asked and stage < least:
-            yield Failure(
-                f"zero_optimization.{key} needs parallel.zero_stage = {least} or more, not {stage}",
-                origins(config, "parallel.zero_stage"),
-                f"--zero-stage {least}, or remove {key} from the DeepSpeed configuration",
-            )
-    if zero.get("round_robin_gradients"):
-        # DeepSpeed 0.19 orders the shards by it and describes them without: at another layout weights change places.
-        yield Failure(
-            "zero_optimization.round_robin_gradients makes checkpoints that load wrong at another layout",
-            "in the DeepSpeed configuration",
-            "remove it",
         )
 
 
@@ -274,9 +259,10 @@ def _precision(config: Config) -> Iterator[Failure]:
             "remove it; fp16 alone scales the loss",
         )
     scale = training.initial_loss_scale
-    if scale > 0 and (scale < 1 or not (scale.is_integer() and int(scale).bit_count() == 1)):
+    is_power = math.isfinite(scale) and scale.is_integer() and int(scale).bit_count() == 1
+    if scale > 0 and not (is_power and scale <= 2.0**LARGEST_SCALE_POWER):
         yield Failure(
-            f"training.initial_loss_scale = {scale} must be a power of two",
+            f"training.initial_loss_scale = {scale} must be a power of two, from 1 to 2^{LARGEST_SCALE_POWER}",
             origins(config, "training.initial_loss_scale"),
             "4096, 65536, 4294967296",
         )

@@ -24,6 +24,10 @@ FIELDS = {
     "fp16.hysteresis": "training.hysteresis",
     "fp16.min_loss_scale": "training.min_loss_scale",
 }
+LARGEST_SCALE_POWER = 127
+"""Of two: the largest that fp32 holds."""
+NEVER = 1_000_000_000
+"""Steps between two lines of DeepSpeed's own, which megalm's take the place of."""
 # Keys that DeepSpeed receives as they are. A block name admits everything inside it that is not a field.
 BLOCKS = ("zero_optimization", "bf16", "fp16", "aio", "comms_logger", "flops_profiler", "timers")
 PASSED_ON = (
@@ -64,7 +68,8 @@ def deepspeed_json(config: Config, *, dp_size: int) -> dict[str, Any]:
         "train_micro_batch_size_per_gpu": micro_batch_size,
         "gradient_accumulation_steps": global_batch_size // (micro_batch_size * dp_size),
         "gradient_clipping": training.clip_grad if engine_clips(config) else 0.0,
-        "steps_per_print": 1_000_000_000,
+        # Never, unless its timers are asked for: then as often as DeepSpeed does by itself.
+        "steps_per_print": 10 if config.deepspeed.get("wall_clock_breakdown") else NEVER,
         "wall_clock_breakdown": False,
         # DeepSpeed's own measurement of speed stops the host at every micro-batch until the GPU has caught up.
         "timers": {"throughput": {"enabled": False}},
@@ -140,7 +145,7 @@ def read_deepspeed(content: Any, source: str, settings: Settings) -> None:
             continue
         if path in FIELDS:
             if not (top == "fp16" and content["fp16"].get("enabled") is False):
-                _agree(FIELDS[path], _field_value(path, value), f"{source}: {path}", settings)
+                _agree(path, value, source, settings)
         elif top in PASSED_ON:
             _store(settings.deepspeed, path, value)
         elif top in REFUSED:
@@ -165,7 +170,7 @@ def _read_dtype(content: Mapping[str, Any], source: str, settings: Settings) -> 
         switch = inner.get("enabled") if isinstance(inner, Mapping) else None
         if switch is True:
             enabled.append(dtype)
-            _agree("training.dtype", dtype, f"{source}: {block}.enabled", settings)
+            _set_or_compare("training.dtype", dtype, f"{source}: {block}.enabled", settings)
         elif switch is False and settings.value("training.dtype") == dtype:
             settings.failures.append(
                 Failure(
@@ -182,22 +187,28 @@ def _read_dtype(content: Mapping[str, Any], source: str, settings: Settings) -> 
         settings.failures.append(Failure("fp16 and bf16 are both enabled", f"in {source}", "enable one of them"))
 
 
-def _field_value(path: str, value: Any) -> Any:
-    if path == "fp16.loss_scale":
-        return value or None
-    if path == "fp16.initial_scale_power" and isinstance(value, int):
-        return 2.0**value
-    return value
+def _field_value(key: str, value: Any) -> Any:
+    """What a key of the DeepSpeed configuration is in megalm's terms. Raises: ValueError."""
+    if key == "fp16.loss_scale":
+        value = value or None
+    if key == "fp16.initial_scale_power" and isinstance(value, int):
+        if not 0 <= value <= LARGEST_SCALE_POWER:
+            raise ValueError(f"expected a power of two from 0 to {LARGEST_SCALE_POWER}")
+        value = 2.0**value
+    return from_yaml(option_table()[FIELDS[key]], value)
 
 
-def _agree(path: str, value: Any, source: str, settings: Settings) -> None:
-    """Set a field from the DeepSpeed configuration, unless something else set it differently."""
-    info = option_table()[path]
+def _agree(key: str, value: Any, source: str, settings: Settings) -> None:
+    """Set the field of a key of the DeepSpeed configuration, unless something else set it differently."""
+    path, source = FIELDS[key], f"{source}: {key}"
     try:
-        value = from_yaml(info, value)
+        _set_or_compare(path, _field_value(key, value), source, settings)
     except ValueError as error:
-        settings.failures.append(Failure(f"{path} = {value!r}: {error}", f"set in {source}", info.doc))
-        return
+        doc = option_table()[path].doc
+        settings.failures.append(Failure(f"{key} = {value!r}: {error}", f"set in {source}", doc))
+
+
+def _set_or_compare(path: str, value: Any, source: str, settings: Settings) -> None:
     if path not in settings.values:
         settings.set(path, value, source)
     elif settings.values[path] != value:

@@ -17,7 +17,9 @@ COMMANDS = (
     command("--valid-weighted-split-paths-path", "1", "The same for validation."),
     command("--test-weighted-split-paths-path", "1", "The same for the test groups."),
     command(
-        "--dry-run", "0", "Check everything that can be checked without a model, print the plan of the run, and stop."
+        "--dry-run",
+        "0",
+        "Check options and DeepSpeed's keys, open tokenizer, corpora and checkpoint, print the plan, and stop.",
     ),
 )
 

@@ -43,6 +43,13 @@ def load_text(text: str, name: str, settings: Settings, *, including: tuple[str,
     if not isinstance(root, yaml.MappingNode):
         settings.failures.append(Failure(f"{name} must hold sections ({', '.join(SECTIONS)})"))
         return
+    try:
+        _load_root(root, name, settings, including)
+    except (yaml.YAMLError, ValueError) as error:  # a tag that it does not know, a date that is none
+        settings.failures.append(Failure(f"{name} is not YAML: {' '.join(str(error).split())}"))
+
+
+def _load_root(root: yaml.MappingNode, name: str, settings: Settings, including: tuple[str, ...]) -> None:
     entries = list(_entries(root, name, settings))
     for key, node, source in entries:
         if key == "base":

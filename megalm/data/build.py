@@ -72,6 +72,18 @@ def build_datasets(
     return builder.datasets
 
 
+def open_corpora(data: DataConfig, *, tokenizer_size: int | None = None) -> list[IndexedDataset]:
+    """Every corpus that `data` names, once, without building anything; with data.verify_data they are read whole.
+
+    Raises: DataError for corpora, weights and ranges that cannot be used.
+    """
+    builder = _Builder(data, seed=0, vocab_size=None, tokenizer_size=tokenizer_size, verifies=True, log=None)
+    groups = (data.train_weighted_split_paths, data.valid_weighted_split_paths, data.test_weighted_split_paths)
+    members = [*parse_data_path(data.data_path)] if data.data_path else []
+    members += [member for texts in groups for group in parse_groups(texts) for member in group.members]
+    return [builder.indexed(prefix) for prefix in dict.fromkeys(member.prefix for member in members)]
+
+
 class _Builder:
     def __init__(
         self,

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 SECONDS_TO_SPEAK = 3.0
+EXIT_INTERRUPTED = 130
 
 
 @dataclass(frozen=True)
@@ -95,14 +96,22 @@ def start(launch: Launch, *, tp: int, pp: int, backend: str = "auto", timeout_mi
 def report_failure(error: MegalmError) -> int:
     """Print an error once on every host and return the exit code that it stands for.
 
+    What befell this rank alone is printed by it.
     The launchers end all processes of a host when the first one exits, so the others wait until the one that speaks
     has spoken.
     """
-    if os.environ.get("LOCAL_RANK", "0") == "0":
+    if error.is_of_one_rank or os.environ.get("LOCAL_RANK", "0") == "0":
         print(f"\n{type(error).__name__}: {error}\n", file=sys.stderr, flush=True)
     else:
         time.sleep(SECONDS_TO_SPEAK)
     return error.exit_code
+
+
+def report_interruption() -> int:
+    """Say once on every host that Ctrl-C came outside of training, and return the exit code for it."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print("\ninterrupted, not while training", file=sys.stderr, flush=True)
+    return EXIT_INTERRUPTED
 
 
 def leave(exit_code: int) -> NoReturn:

@@ -22,7 +22,7 @@ from megalm.data.build import Datasets, build_datasets
 from megalm.data.loader import batch_iterator
 from megalm.data.order_digest import order_digest
 from megalm.data.source import SampleSource
-from megalm.errors import DataError
+from megalm.errors import DataError, DeviceMemoryError
 from megalm.kernels.backend import Choice, choose
 from megalm.kernels.gradient_sum.protocol import GradientSumKernel
 from megalm.models.blocks.arrangement import Spread
@@ -38,6 +38,7 @@ from megalm.topology.start import Launch, device_type, start, stop
 from megalm.topology.topology import Topology
 from megalm.train.compile import compile_blocks
 from megalm.train.cuda_graph import MicroBatchGraph, choose_cuda_graph
+from megalm.train.dry_run import look
 from megalm.train.engine import Engine, build_engine
 from megalm.train.evaluation import Evaluator
 from megalm.train.gradient_sums import GradientSums
@@ -68,16 +69,21 @@ class Plan:
         return self.launch.world_size // (self.config.parallel.tp * self.config.parallel.pp)
 
     def report(self) -> str:
-        """What `--dry-run` prints."""
+        """What `--dry-run` prints.
+
+        Raises: MegalmError for what the run would stop at: corpora, a checkpoint, DeepSpeed's keys.
+        """
         model, seq_length = self.config.model, self.config.data.seq_length
         batch_size = BatchSize.from_config(self.config.training, dp_size=self.dp_size)
         training = self.config.training
+        num_parameters = parameter_count(model, seq_length=seq_length)
         steps = batch_size.steps_for(training.train_samples) if training.train_samples else training.train_iters or 0
         more = {
-            "steps": f"{steps:,} of {seq_length * batch_size.final:,} tokens",
-            "parameters": f"{parameter_count(model, seq_length=seq_length):,}",
+            "steps": f"{steps:,} of {'up to ' if batch_size.increment else ''}{seq_length * batch_size.final:,} tokens",
+            "parameters": f"{num_parameters:,}",
             "vocabulary": f"{model.padded_vocab_size:,} rows for {model.vocab_size:,} tokens of {self.tokenizer.name}",
             "operations": f"{flops_per_token(model, seq_length=seq_length):.3e} a token, forward and backward",
+            **look(self.config, self.tokenizer, num_parameters=num_parameters, dp_size=self.dp_size),
         }
         return dry_run_report(self.config, world_size=self.launch.world_size, more=more)
 
@@ -108,8 +114,21 @@ def running(plan: Plan) -> Iterator[Run]:
             run.profiler.close()
             for sink in run.sinks:
                 sink.close()
+    except torch.OutOfMemoryError as error:
+        raise DeviceMemoryError(_memory_used_up(plan.config, topology, error)) from error
     finally:
         stop()
+
+
+def _memory_used_up(config: Config, topology: Topology, error: torch.OutOfMemoryError) -> str:
+    sizes, training = topology.layout, config.training
+    return (
+        f"the memory of rank {topology.world.rank}'s GPU is used up: {' '.join(str(error).split())}\n"
+        f"  training.micro_batch_size = {training.micro_batch_size}, parallel.recompute = {config.parallel.recompute}, "
+        f"tp {sizes.tp} x pp {sizes.pp} x dp {sizes.dp}, ZeRO-{effective_zero_stage(config)}\n"
+        "  a smaller --micro-batch-size, --recompute-granularity activation or full, or more "
+        "--tensor-model-parallel-size, --pipeline-model-parallel-size or --zero-stage"
+    )
 
 
 def build(plan: Plan, topology: Topology) -> Run:

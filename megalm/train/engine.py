@@ -17,6 +17,7 @@ import torch
 import torch.distributed
 from torch import nn
 
+from megalm.config.deepspeed_json import NEVER
 from megalm.data.batches import Batch
 from megalm.errors import ConfigError
 from megalm.kernels.gradient_sum.oracle import TorchGradientSum
@@ -93,8 +94,9 @@ class PipelineTrainingEngine(Engine):
 
     def _forward_backward_update(self, batches: Iterator[Batch]) -> torch.Tensor:
         loss: torch.Tensor = self.raw.train_batch(data_iter=_as_pipeline_input(batches, self._topology.device))
-        # DeepSpeed 0.19 keeps two events of every step until it prints them, which it is told never to do.
-        self.raw.timers("train_batch").reset()
+        if self.raw.steps_per_print() == NEVER:
+            # DeepSpeed 0.19 keeps two events of every step until it prints them.
+            self.raw.timers("train_batch").reset()
         if self._graph is not None:
             self._graph.end_step()
         return loss
@@ -166,8 +168,8 @@ def build_engine(
     from deepspeed.pipe import PipelineModule
     from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 
-    _quieten_deepspeed()
-    _check_keys(deepspeed_config, topology)
+    check_deepspeed_keys(deepspeed_config, dp_size=topology.dp.size)
+    _quieten_deepspeed(logging.INFO if deepspeed_config.get("dump_state") else logging.WARNING)
     pipelined = isinstance(module, PipelineModule)
     # DeepSpeed 0.19 prints its memory eight times while it sets up bf16.
     with contextlib.redirect_stdout(io.StringIO()):
@@ -197,11 +199,26 @@ def build_engine(
     return PipelineTrainingEngine(raw, topology, None if sums is None or graph is None else graph(raw, sums))
 
 
-def _check_keys(deepspeed_config: dict[str, Any], topology: Topology) -> None:
+class _Sizes:
+    """All that DeepSpeedConfig asks of an `mpu`."""
+
+    def __init__(self, dp_size: int) -> None:
+        self._dp_size = dp_size
+
+    def get_data_parallel_world_size(self) -> int:
+        return self._dp_size
+
+
+def check_deepspeed_keys(deepspeed_config: dict[str, Any], *, dp_size: int) -> None:
+    """Whether DeepSpeed takes every key and value.
+
+    Raises: ConfigError.
+    """
     from deepspeed.runtime.config import DeepSpeedConfig
 
     try:
-        DeepSpeedConfig(copy.deepcopy(deepspeed_config), mpu=Mpu(topology))
+        _quieten_deepspeed(logging.ERROR)  # What it warns of it says again when the engine is built.
+        DeepSpeedConfig(copy.deepcopy(deepspeed_config), mpu=_Sizes(dp_size))
     except Exception as refusal:  # It raises its own, pydantic's, ValueError, TypeError and AssertionError.
         said = " ".join(line.strip() for line in str(refusal).splitlines()[:3])
         raise ConfigError(
@@ -215,10 +232,10 @@ def _is_worth_reading(record: logging.LogRecord) -> bool:
     return "untested optimizer" not in record.getMessage()
 
 
-def _quieten_deepspeed() -> None:
-    """megalm logs what matters of the set-up itself; DeepSpeed's hundreds of lines stay for its warnings."""
+def _quieten_deepspeed(level: int) -> None:
+    """megalm logs what matters of the set-up itself; of DeepSpeed's hundreds of lines those from `level` on stay."""
     logger = logging.getLogger("DeepSpeed")
-    logger.setLevel(logging.WARNING)
+    logger.setLevel(level)
     logger.addFilter(_is_worth_reading)
     # torch 2.13 has new names for what DeepSpeed 0.19 calls in every step of ZeRO-3.
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)

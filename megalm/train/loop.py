@@ -82,8 +82,9 @@ def train(run: Run) -> int:
 
     Returns the exit code of the program. Raises: CheckpointError if a checkpoint cannot be written.
     """
-    reason = StopReason.NONE
+    first = run.state.step
     run.stop.listen()
+    reason = run.stop.agree(None, run.topology)
     while not run.is_complete and reason is StopReason.NONE:
         if skip(run):
             reason = run.stop.agree(run.state.step, run.topology)
@@ -97,8 +98,10 @@ def train(run: Run) -> int:
             run.saver.save(run.state)
         run.saver.poll()
         reason = run.stop.agree(run.state.step, run.topology)
-    run.saver.save_last(run.state)
-    run.console.info(f"stopped after step {run.state.step}: {reason.sentence}")
+    if run.state.step > first or run.is_complete:
+        run.saver.save_last(run.state)
+    unsaved = "" if run.config.output.save else "; nothing was saved, as --save names no folder"
+    run.console.info(f"stopped after step {run.state.step}: {reason.sentence}{unsaved}")
     if run.is_complete:
         evaluate(run, run.test)
     draw_curve(run.config, run.topology)

@@ -10,16 +10,16 @@ from pathlib import Path
 
 from megalm.checkpoint.background import BackgroundSaver
 from megalm.checkpoint.find import Verification, find_checkpoint
-from megalm.checkpoint.identity import read_config
 from megalm.checkpoint.load import load_checkpoint
 from megalm.checkpoint.save import SaveReport, save_checkpoint
-from megalm.config.compare import Difference, differences
+from megalm.config.compare import Difference
 from megalm.config.output import OutputConfig
 from megalm.config.root import Config
 from megalm.errors import CheckpointError, ConfigError
 from megalm.parallel.random import RngStreams
 from megalm.telemetry.console import Console
 from megalm.topology.topology import Topology
+from megalm.train.continuing import compare
 from megalm.train.engine import Engine
 from megalm.train.state import TrainState
 
@@ -155,7 +155,7 @@ class Saver:
                 raise
             self.console.warning(f"{error}\n  --allow-fresh-start was given: starting from step 0")
             return TrainState()
-        changed = self._compare(path)
+        changed = compare(self.config, path, info=self.console.info, warn=self.console.warning)
         started = time.monotonic()
         loaded = load_checkpoint(
             self.engine.raw,
@@ -180,29 +180,6 @@ class Saver:
     def _state(self, state: TrainState) -> dict[str, object]:
         """What train_state.json holds."""
         return {**state.to_json(), **({} if self.sample_order is None else {SAMPLE_ORDER: self.sample_order})}
-
-    def _compare(self, path: Path) -> list[Difference]:
-        """Log what differs from the configuration that the checkpoint was saved with, and return it.
-
-        Raises: ConfigError if the learning rate would follow another course and nobody asked for that.
-        """
-        output = self.config.output
-        stored = read_config(path)
-        if stored is None:
-            self.console.warning(f"{path} does not say how it was trained: the schedule of this run is followed")
-            return []
-        found = differences(stored, self.config)
-        for difference in found:
-            self.console.info(f"changed since {path.name}: {difference}")
-        changed = [difference for difference in found if difference.changes_schedule]
-        if changed and not (output.override_lr_schedule or output.finetune or output.reset_progress):
-            lines = "\n".join(f"  {difference}" for difference in changed)
-            raise ConfigError(
-                f"the learning rate would not follow the schedule that {path} was trained with\n{lines}\n"
-                "  give the stored values (a longer run keeps its schedule with --lr-decay-iters or "
-                "--lr-decay-samples), or pass --override-lr-scheduler"
-            )
-        return found
 
     def _compare_order(self, path: Path, stored: object, changed: list[Difference]) -> None:
         """Raises: ConfigError if the samples would come in another order than before and nobody asked for that."""

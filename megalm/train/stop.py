@@ -16,7 +16,8 @@ from megalm.topology.topology import Topology
 
 EXIT_FINISHED = 0
 EXIT_ASKED_TO_STOP = 75
-"""The run saved and stopped because it was asked to; starting it again with --load continues it (EX_TEMPFAIL)."""
+"""The run stopped because it was asked to, and saved if it had been given a folder; starting it again with --load
+continues it (EX_TEMPFAIL)."""
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
@@ -61,19 +62,19 @@ class StopRequest:
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self._signalled = True
 
-    def local_reason(self, step: int) -> StopReason:
-        """What this rank alone would do after `step`."""
+    def local_reason(self, step: int | None) -> StopReason:
+        """What this rank alone would do after `step`; None stands for before the first step of this process."""
         if self._signalled:
             return StopReason.SIGNAL
         if self.kill_switch_path is not None and os.path.exists(self.kill_switch_path):
             return StopReason.KILL_SWITCH
         if self.duration_minutes is not None and time.monotonic() - self._started > 60.0 * self.duration_minutes:
             return StopReason.DURATION
-        if self.exit_interval is not None and step % self.exit_interval == 0:
+        if step is not None and self.exit_interval is not None and step % self.exit_interval == 0:
             return StopReason.INTERVAL
         return StopReason.NONE
 
-    def agree(self, step: int, topology: Topology) -> StopReason:
+    def agree(self, step: int | None, topology: Topology) -> StopReason:
         """The strongest reason of any rank.
 
         Communicates: one all-reduce of an integer over the world.

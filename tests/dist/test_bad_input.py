@@ -24,15 +24,22 @@ PROGRAM = str(Path(__file__).parents[2] / "pretrain_gpt.py")
 
 def run_program(flags: list[str]) -> tuple[Any, str]:
     """The program as its launcher starts it, in this rank; exit code and what it wrote to stderr."""
+    code, _, errors = run_and_hear(flags)
+    return code, errors
+
+
+def run_and_hear(flags: list[str]) -> tuple[Any, str, str]:
+    """The same, with what it wrote to stdout before what it wrote to stderr."""
     sys.argv = [PROGRAM, *MODEL_FLAGS, *TRAINING_FLAGS, *flags]
     start.leave = sys.exit  # the program ends its process at once, which here still has to report
-    said = io.StringIO()
-    with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
+    said, errors = io.StringIO(), io.StringIO()
+    code: Any = 0
+    with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(said):
         try:
             runpy.run_path(PROGRAM, run_name="__main__")
         except SystemExit as stop:
-            return stop.code, said.getvalue()
-    return 0, said.getvalue()
+            code = stop.code
+    return code, said.getvalue(), errors.getvalue()
 
 
 def snapshot(folder: Path) -> dict[str, bytes | None]:

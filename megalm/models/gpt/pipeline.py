@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +18,7 @@ from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from torch import Tensor
 
+from megalm.errors import ConfigError
 from megalm.models.blocks.block import Addends, ParallelTransformerLayer, leave_additions
 from megalm.models.blocks.embedding import GPTEmbedding
 from megalm.models.blocks.head import HeadInput, OutputEmbedding, TiedEmbeddingHead, vocabulary_logits
@@ -117,7 +119,10 @@ def layer_list(plan: GPTPlan) -> list[Callable[..., Any] | LayerSpec]:
 
 
 class GPTPipeline(PipelineModule):
-    """DeepSpeed's PipelineModule that knows its layers' sizes without building them."""
+    """DeepSpeed's PipelineModule that knows its layers' sizes without building them.
+
+    Raises: ConfigError if `partition` is a pattern that matches fewer layers than there are stages.
+    """
 
     def __init__(self, plan: GPTPlan, *, layout: Layout, partition: str) -> None:
         def loss(logits: Tensor, labels_and_mask: tuple[Tensor, Tensor]) -> Tensor:
@@ -126,11 +131,13 @@ class GPTPipeline(PipelineModule):
         def fused_loss(head: HeadInput, labels_and_mask: tuple[Tensor, Tensor]) -> Tensor:
             return fused_next_token_loss(head, *labels_and_mask, plan=plan)
 
+        layers = layer_list(plan)
+        check_partition(partition, [_class_name(layer) for layer in layers], num_stages=layout.pp)
         self._parameters_of_layer = layer_parameters(plan.shape)
         # DeepSpeed prints its partition; `stages` gives it to whoever logs.
         with contextlib.redirect_stdout(io.StringIO()):
             super().__init__(
-                layers=layer_list(plan),
+                layers=layers,
                 topology=PipeModelDataParallelTopology(num_pp=layout.pp, num_mp=layout.tp, num_dp=layout.dp),
                 loss_fn=loss if plan.kernels.head is None else fused_loss,
                 partition_method=partition,
@@ -156,6 +163,27 @@ class GPTPipeline(PipelineModule):
     def stages(self) -> list[range]:
         """Positions of the layers that each stage owns."""
         return [range(start, stop) for start, stop in zip(self.parts, self.parts[1:], strict=False)]
+
+
+def check_partition(partition: str, class_names: list[str], *, num_stages: int) -> None:
+    """Whether each stage gets one of the layers that `type:REGEX` matches, as DeepSpeed searches for it.
+
+    Raises: ConfigError.
+    """
+    if not partition.lower().startswith("type:"):
+        return
+    pattern = partition.lower().removeprefix("type:")
+    matched = [name for name in class_names if re.search(pattern, name.lower())]
+    if len(matched) < num_stages:
+        raise ConfigError(
+            f"parallel.pipeline_partition = {partition} matches {len(matched)} layers and must match one for each "
+            f"stage, of which there are {num_stages}\n  the layers: {', '.join(dict.fromkeys(class_names))}\n"
+            "  type:transformer|embedding, type:transformer, uniform, parameters"
+        )
+
+
+def _class_name(layer: Callable[..., Any] | LayerSpec) -> str:
+    return str(layer.typename.__name__ if isinstance(layer, LayerSpec) else layer.__name__)
 
 
 def layer_parameters(shape: GPTShape) -> list[int]:

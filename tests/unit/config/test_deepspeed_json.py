@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from megalm.config.checks import check
-from megalm.config.deepspeed_json import deepspeed_json
+from megalm.config.deepspeed_json import NEVER, deepspeed_json
 from megalm.config.root import Config
 from megalm.errors import ConfigError
 from tests.unit.config.arguments import smallest
@@ -92,12 +92,28 @@ def test_dtype_that_the_file_switches_off_is_a_contradiction(tmp_path: Path) -> 
         ({"bf16": {"enabled": "true"}}, "bf16.enabled = 'true' is neither true nor false"),
         ({"zero_optimization": 1}, "zero_optimization = 1 must be a block of keys"),
         ({"zero_optimization": {"round_robin_gradients": True}}, "checkpoints that load wrong at another layout"),
+        ({"fp16": {"initial_scale_power": 5000}}, "initial_scale_power = 5000: expected a power of two from 0 to 127"),
+        ({"steps_per_print": 0}, "steps_per_print = 0 must be a whole number greater than 0"),
+        ({"gradient_accumulation_steps": "4"}, "gradient_accumulation_steps = '4' must be a whole number"),
+        ({"comms_logger": {"enabled": True}}, "comms_logger would miss the messages of tensor parallelism"),
+        ({"flops_profiler": {"enabled": True}}, "flops_profiler prints nothing under ZeRO-0"),
+        ({"bf16": {"bf16_master_weights_and_grads": True}}, "needs parallel.zero_stage = 2 or more, not 0"),
     ],
 )
 def test_key_that_cannot_be_obeyed_is_refused(tmp_path: Path, content: dict[str, Any], expected: str) -> None:
     with pytest.raises(ConfigError) as raised:
         with_file(tmp_path, content)
     assert expected in str(raised.value)
+
+
+def test_instruments_that_are_off_or_work_are_accepted(tmp_path: Path) -> None:
+    off = {"comms_logger": {"enabled": False}, "flops_profiler": {"enabled": False}}
+    assert with_file(tmp_path, off).deepspeed == off
+    on = {"flops_profiler": {"enabled": True}}
+    assert with_file(tmp_path, on, "--zero-stage", "2").deepspeed == on
+    timed = deepspeed_json(with_file(tmp_path, {"wall_clock_breakdown": True}), dp_size=1)
+    assert timed["steps_per_print"] == 10
+    assert deepspeed_json(smallest(), dp_size=1)["steps_per_print"] == NEVER
 
 
 def test_file_that_is_missing_or_not_json_is_refused(tmp_path: Path) -> None:

@@ -37,11 +37,13 @@ def test_the_kill_switch_is_a_file(tmp_path: Path) -> None:
     assert request.local_reason(1) is StopReason.NONE
     switch.touch()
     assert request.local_reason(1) is StopReason.KILL_SWITCH
+    assert request.local_reason(None) is StopReason.KILL_SWITCH
 
 
 def test_interval_and_duration_are_noticed() -> None:
     assert StopRequest(exit_interval=5).local_reason(9) is StopReason.NONE
     assert StopRequest(exit_interval=5).local_reason(10) is StopReason.INTERVAL
+    assert StopRequest(exit_interval=5).local_reason(None) is StopReason.NONE
     late = StopRequest(duration_minutes=0.0)
     late.listen()
     assert late.local_reason(1) is StopReason.DURATION

@@ -1,0 +1,65 @@
+"""What `--dry-run` looks at beside the options: the files that the run will read and write, and DeepSpeed's keys."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+from megalm.checkpoint.find import candidates
+from megalm.config.deepspeed_json import deepspeed_json
+from megalm.config.root import Config
+from megalm.data.build import open_corpora
+from megalm.errors import CheckpointError
+from megalm.tokenizers.protocol import Tokenizer
+from megalm.train.continuing import compare
+from megalm.train.engine import check_deepspeed_keys
+
+BYTES_PER_PARAMETER = {"fp32": 12, "bf16": 14, "fp16": 14}
+"""In a checkpoint: a master weight and two moments in fp32, and the weight itself in 16 bits."""
+
+
+def look(config: Config, tokenizer: Tokenizer, *, num_parameters: int, dp_size: int) -> dict[str, str]:
+    """What was found, in words by name; reads headers and small files, and writes nothing.
+
+    Raises: DataError, CheckpointError or ConfigError, as the run itself would.
+    """
+    check_deepspeed_keys(deepspeed_json(config, dp_size=dp_size), dp_size=dp_size)
+    corpora = open_corpora(config.data, tokenizer_size=tokenizer.vocab_size)
+    tokens = sum(corpus.num_tokens for corpus in corpora)
+    found = {"corpora": f"{len(corpora):,}, with {tokens:,} tokens"}
+    if config.output.load is not None:
+        found["load"] = _checkpoint(config, Path(config.output.load))
+    if config.output.save is not None:
+        found["save"] = _room(Path(config.output.save), num_parameters * BYTES_PER_PARAMETER[config.training.dtype])
+    return found
+
+
+def _checkpoint(config: Config, folder: Path) -> str:
+    """The checkpoint that the run would try first, by its small files; its hashes are the run's to verify."""
+    paths, remarks = candidates(folder, None, config.output.universal_checkpoint)
+    if not paths:
+        if config.output.allow_fresh_start:
+            return f"nothing in {folder}: the run starts from step 0, as --allow-fresh-start says"
+        raise CheckpointError(
+            f"no valid checkpoint in {folder}\n  {'; '.join(remarks)}\n"
+            "  give the folder that a run saved to, or start from step 0 with --allow-fresh-start"
+        )
+    said: list[str] = []
+    compare(config, paths[0], info=said.append, warn=said.append)
+    return "; ".join([f"{paths[0]}, whose hashes are verified when it is loaded", *said])
+
+
+def _room(folder: Path, checkpoint_bytes: int) -> str:
+    """Whether the folder can be written to, and the room there.
+
+    Raises: CheckpointError.
+    """
+    there = folder
+    while not there.exists() and there != there.parent:
+        there = there.parent
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise CheckpointError(f"{folder} cannot be written: {there} is not a folder that this user may write to")
+    free = shutil.disk_usage(there).free
+    short = "" if free >= checkpoint_bytes else ": too little for one"
+    return f"{folder}, {checkpoint_bytes / 1e9:,.2f} GB a checkpoint, {free / 1e9:,.2f} GB free{short}"

@@ -1,0 +1,148 @@
+"""`--dry-run` finds what the run would stop at, writes nothing, and speaks once; other ways not to train."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+
+from tests.dist.test_bad_input import run_and_hear, run_program, snapshot
+from tests.support.ranks import run_ranks
+from tests.support.tiny_run import train_tiny, write_corpus
+
+pytestmark = pytest.mark.dist
+
+Outcome = tuple[Any, str]
+
+
+def run_each(lines: dict[str, list[str]]) -> dict[str, Outcome]:
+    """Exit code and errors of the program for each command line, one after the other in this process."""
+    return {name: run_program(flags) for name, flags in lines.items()}
+
+
+def test_what_the_run_would_stop_at_is_found_and_nothing_is_written(tmp_path: Path) -> None:
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    (tmp_path / "file").write_text("")
+    (tmp_path / "deepspeed.json").write_text(json.dumps({"zero_optimization": {"bogus": 1}}))
+    data = ["--data-path", write_corpus(corpus)]
+    run_ranks(train_tiny, 1, [*data, "--train-iters", "5", "--save", str(tmp_path / "run")])
+    load = ["--load", str(tmp_path / "run"), "--dry-run"]
+    before = snapshot(tmp_path)
+    (outcomes,) = run_ranks(
+        run_each,
+        1,
+        {
+            "right": [*data, *load, "--train-iters", "5", "--save", str(tmp_path / "new" / "run")],
+            "corpus": ["--data-path", str(corpus / "absent"), "--dry-run"],
+            "tokenizer": [*data, "--vocab-size", "70000", "--dry-run"],
+            "absent": [*data, "--load", str(tmp_path / "nothing"), "--dry-run"],
+            "fresh": [*data, "--load", str(tmp_path / "nothing"), "--allow-fresh-start", "--dry-run"],
+            "schedule": [*data, *load, "--train-iters", "5", "--lr", "5e-3"],
+            "save": [*data, "--save", str(tmp_path / "file" / "run"), "--dry-run"],
+            "deepspeed": [*data, "--deepspeed_config", str(tmp_path / "deepspeed.json"), "--dry-run"],
+        },
+    )
+    assert snapshot(tmp_path) == before
+    codes = {name: code for name, (code, _) in outcomes.items()}
+    assert codes == {
+        "right": 0, "corpus": 3, "tokenizer": 3, "absent": 5, "fresh": 0, "schedule": 2, "save": 5, "deepspeed": 2,
+    }  # fmt: skip
+    assert "would not follow the schedule" in outcomes["schedule"][1]
+    assert "cannot be written" in outcomes["save"][1]
+    assert "bogus" in outcomes["deepspeed"][1]
+
+
+def test_the_plan_is_printed_once(tmp_path: Path) -> None:
+    flags = ["--data-path", write_corpus(tmp_path), "--dry-run", "--pipeline-model-parallel-size", "2"]
+    (first, report, _), second = run_ranks(run_and_hear, 2, flags)
+    assert first == 0
+    assert second == (0, "", "")
+    assert report.startswith("dry run: every check passed")
+    assert "corpora     1, with" in report
+
+
+def test_a_checkpoint_is_evaluated_whatever_schedule_it_was_trained_with(tmp_path: Path) -> None:
+    data = ["--data-path", write_corpus(tmp_path), "--split", "80,10,10"]
+    outcomes = run_ranks(
+        run_each,
+        1,
+        {
+            "train": [*data, "--train-iters", "5", "--save", str(tmp_path / "run")],
+            "evaluate": [*data, "--train-iters", "5", "--load", str(tmp_path / "run"), "--eval-only", "--lr", "5e-3"],
+        },
+    )
+    assert outcomes[0] == {"train": (0, ""), "evaluate": (0, "")}
+
+
+def test_a_kill_switch_that_is_there_already_stops_before_the_first_step(tmp_path: Path) -> None:
+    data = ["--data-path", write_corpus(tmp_path)]
+    (tmp_path / "stop").touch()
+    flags = [*data, "--kill-switch-path", str(tmp_path / "stop"), "--save", str(tmp_path / "run")]
+    (outcome,) = run_ranks(train_tiny, 1, flags)
+    assert outcome.losses == []
+    assert not list((tmp_path / "run").glob("global_step*"))
+
+
+def _memory_runs_out(flags: list[str]) -> Outcome:
+    with mock.patch("megalm.train.loop.step", side_effect=torch.OutOfMemoryError("CUDA out of memory. Tried ...")):
+        return run_program(flags)
+
+
+def test_memory_that_is_used_up_is_said_with_what_needs_less(tmp_path: Path) -> None:
+    code, said = run_ranks(_memory_runs_out, 1, ["--data-path", write_corpus(tmp_path)])[0]
+    assert code == 6
+    assert "DeviceMemoryError: the memory of rank 0's GPU is used up: CUDA out of memory. Tried" in said
+    assert "training.micro_batch_size = 2" in said
+    assert "Traceback" not in said
+
+
+def _interrupted(flags: list[str]) -> Outcome:
+    with mock.patch("megalm.train.build.build", side_effect=KeyboardInterrupt):
+        return run_program(flags)
+
+
+def test_ctrl_c_while_starting_is_one_line(tmp_path: Path) -> None:
+    outcome = run_ranks(_interrupted, 1, ["--data-path", write_corpus(tmp_path)])[0]
+    assert outcome == (130, "\ninterrupted, not while training\n")
+
+
+def test_a_pattern_of_layers_that_matches_too_few_is_refused(tmp_path: Path) -> None:
+    data = ["--data-path", write_corpus(tmp_path)]
+    patterns = {name: [*data, "--pp-partition-method", f"type:{name}"] for name in ("attention", "norm")}
+    (outcomes,) = run_ranks(run_each, 1, patterns)
+    assert outcomes["norm"][0] == 0
+    code, said = outcomes["attention"]
+    assert code == 2
+    assert "matches 0 layers and must match one for each stage, of which there are 1" in said
+
+
+def _logged(flags: list[str]) -> tuple[list[str], str]:
+    """What DeepSpeed logs and what is printed."""
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("DeepSpeed").addHandler(handler)
+    _, said, _ = run_and_hear(flags)
+    return lines, said
+
+
+def test_deepspeeds_instruments_are_heard_if_asked_for(tmp_path: Path) -> None:
+    asked = {"wall_clock_breakdown": True, "dump_state": True}
+    (tmp_path / "deepspeed.json").write_text(json.dumps(asked))
+    data = ["--data-path", write_corpus(tmp_path), "--train-iters", "10", "--metrics-path", str(tmp_path / "m.jsonl")]
+    logged, said = run_ranks(_logged, 1, [*data, "--deepspeed_config", str(tmp_path / "deepspeed.json")])[0]
+    assert any("DeepSpeedEngine configuration" in line for line in logged)
+    assert "fwd_microstep" in said
+    (seconds,) = re.findall(r"steps: 10 loss: .* iter time \(s\): ([\d.]+)", said)
+    ours = [json.loads(line).get("step_seconds", 0.0) for line in (tmp_path / "m.jsonl").read_text().splitlines()]
+    mean = sum(ours) / 10
+    assert mean > 0.0
+    assert float(seconds) == pytest.approx(mean, rel=0.5)  # of the same ten steps, by two clocks; it had been a tenth
+    assert run_ranks(_logged, 1, [*data, "training.train_iters=6"])[0] == ([], "")
