@@ -28,6 +28,9 @@ class TorchRows:
         wide = logits if logits.dtype == peak.dtype else logits.to(peak.dtype)
         total = wide.sub_(peak.unsqueeze(-1)).exp_().sum(dim=-1)
         log_sum = total.log() + peak
+        if z_loss == 0.0:
+            self._finish(logits, wide, labels, None, total)
+            return log_sum, weights / total
         self._finish(logits, wide, labels, weights * (1.0 + 2.0 * z_loss * log_sum) / total, weights)
         return log_sum, None
 
@@ -37,9 +40,13 @@ class TorchRows:
     def scaled(self, x: Tensor, factors: Tensor) -> Tensor:
         return (x * factors.unsqueeze(-1)).to(x.dtype)
 
-    def _finish(self, logits: Tensor, exponentials: Tensor, labels: Tensor, slope: Tensor, weights: Tensor) -> None:
-        exponentials.mul_(slope.unsqueeze(-1))
-        hot = torch.where(labels < 0, 0.0, -weights)
+    def _finish(
+        self, logits: Tensor, exponentials: Tensor, labels: Tensor, slope: Tensor | None, at_label: Tensor
+    ) -> None:
+        """logits = slope exponentials - at_label [column is the label]; without a slope, 1."""
+        if slope is not None:
+            exponentials.mul_(slope.unsqueeze(-1))
+        hot = torch.where(labels < 0, 0.0, -at_label)
         exponentials.scatter_add_(-1, labels.clamp(min=0).unsqueeze(-1), hot.to(exponentials.dtype).unsqueeze(-1))
         if exponentials is not logits:
             logits.copy_(exponentials)

@@ -71,20 +71,28 @@ def exact(x: Tensor, weight: Tensor, labels: Tensor, weights: Tensor, z_loss: fl
 
 
 @pytest.mark.usefixtures("small_chunks")
-@pytest.mark.parametrize("num_tokens, vocab", [(1, 1), (5, 7), (64, 33), (65, 130), (300, 97)])
+@pytest.mark.parametrize("num_tokens, vocab", [(1, 1), (5, 7), (64, 33), (65, 130), (300, 97), (130, 2048)])
+@pytest.mark.parametrize("z_loss", [0.0, 1e-2])
 @pytest.mark.parametrize("kernel", [TorchLinear(), OneDnnLinear()], ids=lambda kernel: kernel.name)
-def test_loss_and_gradients_match_float64(num_tokens: int, vocab: int, kernel: LinearKernel) -> None:
+def test_loss_and_gradients_match_float64(num_tokens: int, vocab: int, z_loss: float, kernel: LinearKernel) -> None:
     values = example(num_tokens, vocab, torch.float32)
     rows = CountingRows()
-    loss = fused(*values, rows=rows, kernel=kernel, z_loss=1e-2)
+    loss = fused(*values, rows=rows, kernel=kernel, z_loss=z_loss)
     # The upstream gradient of a step with four micro-batches.
     (loss / 4).backward()
-    expected = exact(*values, z_loss=1e-2)
+    expected = exact(*values, z_loss=z_loss)
     assert sum(rows.rows) == num_tokens
     assert max(rows.rows) <= 64
     torch.testing.assert_close(loss.detach().double(), expected[0], rtol=1e-6, atol=0)
     torch.testing.assert_close(values[0].grad.double(), expected[1] / 4, rtol=0, atol=FP32_ERROR)
     torch.testing.assert_close(values[1].grad.double(), expected[2] / 4, rtol=0, atol=FP32_ERROR)
+
+
+@pytest.mark.parametrize("columns, padding", [(1024, 16), (4096, 16), (1000, 0), (1032, 0)])
+def test_rows_of_logits_do_not_start_in_the_same_line_of_the_cache(columns: int, padding: int) -> None:
+    buffer = head_loss._logits_buffer(torch.empty(0), 3, columns)
+    assert buffer.shape == (3, columns)
+    assert buffer.stride() == (columns + padding, 1)
 
 
 @pytest.mark.usefixtures("small_chunks")
