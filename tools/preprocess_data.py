@@ -96,6 +96,7 @@ def run(options: argparse.Namespace) -> None:
     from megalm.data.peek import first_texts
     from megalm.data.preprocess import Job
     from megalm.tokenizers.fast import choose_encoder
+    from megalm.tokenizers.probe import probe_ids
 
     for notice in notices(options):
         say(notice)
@@ -107,7 +108,12 @@ def run(options: argparse.Namespace) -> None:
     encoder = choose_encoder(tokenizer, first_texts(sources, keys), requested=options.encoder)
     say(f"{tokenizer.name}, {tokenizer.vocab_size} ids; encoder {encoder.engine}: {encoder.reason}")
     about: dict[str, Any] = {
-        "tokenizer": {"type": kind, "digest": tokenizer.digest, "vocab_size": tokenizer.vocab_size},
+        "tokenizer": {
+            "type": kind,
+            "digest": tokenizer.digest,
+            "vocab_size": tokenizer.vocab_size,
+            "probe": probe_ids(tokenizer),
+        },
         "append_eod": options.append_eod,
     }
     if splitter is not None:

@@ -15,6 +15,7 @@ from megalm.data.gpt_dataset import GPTDataset
 from megalm.data.indexed import IndexedDataset, shown, sidecar_path
 from megalm.data.map_cache import cached_dealing
 from megalm.data.order import order_named
+from megalm.data.same_tokenizer import TokenizerFacts, check_tokenizer
 from megalm.data.sidecar import check_index_hash
 from megalm.data.source import SampleSource
 from megalm.data.split import SPLITS, Member, parse_data_path, parse_groups, range_bounds
@@ -44,20 +45,18 @@ def build_datasets(
     num_samples: Mapping[str, int],
     seed: int,
     vocab_size: int | None = None,
-    tokenizer_size: int | None = None,
+    tokenizer: TokenizerFacts | None = None,
     verifies: bool = True,
     log: Callable[[str], None] | None = None,
 ) -> Datasets:
     """Open the corpora and build the sample maps of every split with `num_samples` ("train", "valid", "test") > 0.
 
-    Every rank may call this at once. `vocab_size` is the number of ids that the model has room for, `tokenizer_size`
-    the number that its tokenizer has. With data.verify_data the processes that pass `verifies` read every corpus whole.
+    Every rank may call this at once. `vocab_size` is the number of ids that the model has room for; with `tokenizer`
+    corpora of another one are refused. With data.verify_data the processes that pass `verifies` read corpora whole.
     `log` hears how far it is, where there are thousands of corpora.
     Raises: DataError for corpora, splits and weights that cannot be used.
     """
-    builder = _Builder(
-        data, seed=seed, vocab_size=vocab_size, tokenizer_size=tokenizer_size, verifies=verifies, log=log
-    )
+    builder = _Builder(data, seed=seed, vocab_size=vocab_size, tokenizer=tokenizer, verifies=verifies, log=log)
     wanted = {split: num_samples.get(split, 0) for split in SPLITS}
     groups = (data.train_weighted_split_paths, data.valid_weighted_split_paths, data.test_weighted_split_paths)
     if data.data_path and any(groups):
@@ -72,16 +71,19 @@ def build_datasets(
     return builder.datasets
 
 
-def open_corpora(data: DataConfig, *, tokenizer_size: int | None = None) -> list[IndexedDataset]:
-    """Every corpus that `data` names, once, without building anything; with data.verify_data they are read whole.
+def open_corpora(
+    data: DataConfig, *, tokenizer: TokenizerFacts | None = None
+) -> tuple[list[IndexedDataset], list[str]]:
+    """Every corpus that `data` names, once, and warnings; nothing is built. With data.verify_data they are read whole.
 
     Raises: DataError for corpora, weights and ranges that cannot be used.
     """
-    builder = _Builder(data, seed=0, vocab_size=None, tokenizer_size=tokenizer_size, verifies=True, log=None)
+    builder = _Builder(data, seed=0, vocab_size=None, tokenizer=tokenizer, verifies=True, log=None)
     groups = (data.train_weighted_split_paths, data.valid_weighted_split_paths, data.test_weighted_split_paths)
     members = [*parse_data_path(data.data_path)] if data.data_path else []
     members += [member for texts in groups for group in parse_groups(texts) for member in group.members]
-    return [builder.indexed(prefix) for prefix in dict.fromkeys(member.prefix for member in members)]
+    corpora = [builder.indexed(prefix) for prefix in dict.fromkeys(member.prefix for member in members)]
+    return corpora, builder.datasets.warnings
 
 
 class _Builder:
@@ -91,14 +93,14 @@ class _Builder:
         *,
         seed: int,
         vocab_size: int | None,
-        tokenizer_size: int | None,
+        tokenizer: TokenizerFacts | None,
         verifies: bool,
         log: Callable[[str], None] | None,
     ) -> None:
         self.data = data
         self.seed = seed
         self.vocab_size = vocab_size
-        self.tokenizer_size = tokenizer_size
+        self.tokenizer = tokenizer
         self.verifies = verifies
         self.order = order_named(data.sample_order)
         self.log = log
@@ -185,19 +187,11 @@ class _Builder:
                     )
             indexed = IndexedDataset(prefix)
             check_index_hash(prefix)
-            self._open[prefix] = self._suited(indexed)
+            warning = None if self.tokenizer is None else check_tokenizer(indexed, self.tokenizer)
+            if warning is not None:
+                self._warn(warning)
+            self._open[prefix] = indexed
         return self._open[prefix]
-
-    def _suited(self, indexed: IndexedDataset) -> IndexedDataset:
-        """The corpus, if its dtype can hold every id of the tokenizer: otherwise another tokenizer made it."""
-        capacity = np.iinfo(indexed.dtype).max + 1 if indexed.dtype.kind in "iu" else None
-        if self.tokenizer_size is not None and capacity is not None and capacity < self.tokenizer_size:
-            raise DataError(
-                f"{indexed.prefix} stores ids as {indexed.dtype}, which holds {capacity:,} of them, and the tokenizer "
-                f"has {self.tokenizer_size:,}\n"
-                "  the corpus was made with another tokenizer: tokenize it again, or name the tokenizer that made it"
-            )
-        return indexed
 
     def _corpus(self, name: str, member: Member, split_range: tuple[int, int], num_samples: int) -> GPTDataset:
         return GPTDataset(

@@ -38,7 +38,7 @@ from megalm.topology.start import Launch, device_type, start, stop
 from megalm.topology.topology import Topology
 from megalm.train.compile import compile_blocks
 from megalm.train.cuda_graph import MicroBatchGraph, choose_cuda_graph
-from megalm.train.dry_run import look
+from megalm.train.dry_run import look, tokenizer_facts
 from megalm.train.engine import Engine, build_engine
 from megalm.train.evaluation import Evaluator
 from megalm.train.gradient_sums import GradientSums
@@ -294,7 +294,7 @@ def _open_datasets(plan: Plan, *, verifies: bool, log: Callable[[str], None]) ->
         num_samples=sample_counts(plan.config, dp_size=plan.dp_size),
         seed=training.seed,
         vocab_size=plan.config.model.padded_vocab_size,
-        tokenizer_size=plan.tokenizer.vocab_size,
+        tokenizer=tokenizer_facts(plan.tokenizer),
         verifies=verifies,
         log=log,
     )

@@ -10,7 +10,9 @@ from megalm.checkpoint.find import candidates
 from megalm.config.deepspeed_json import deepspeed_json
 from megalm.config.root import Config
 from megalm.data.build import open_corpora
+from megalm.data.same_tokenizer import TokenizerFacts
 from megalm.errors import CheckpointError
+from megalm.tokenizers.probe import probe_ids
 from megalm.tokenizers.protocol import Tokenizer
 from megalm.train.continuing import compare
 from megalm.train.engine import check_deepspeed_keys
@@ -25,14 +27,19 @@ def look(config: Config, tokenizer: Tokenizer, *, num_parameters: int, dp_size: 
     Raises: DataError, CheckpointError or ConfigError, as the run itself would.
     """
     check_deepspeed_keys(deepspeed_json(config, dp_size=dp_size), dp_size=dp_size)
-    corpora = open_corpora(config.data, tokenizer_size=tokenizer.vocab_size)
+    corpora, warnings = open_corpora(config.data, tokenizer=tokenizer_facts(tokenizer))
     tokens = sum(corpus.num_tokens for corpus in corpora)
-    found = {"corpora": f"{len(corpora):,}, with {tokens:,} tokens"}
+    found = {"corpora": "; ".join([f"{len(corpora):,}, with {tokens:,} tokens", *warnings])}
     if config.output.load is not None:
         found["load"] = _checkpoint(config, Path(config.output.load))
     if config.output.save is not None:
         found["save"] = _room(Path(config.output.save), num_parameters * BYTES_PER_PARAMETER[config.training.dtype])
     return found
+
+
+def tokenizer_facts(tokenizer: Tokenizer) -> TokenizerFacts:
+    """What tells whether a corpus was made with this tokenizer."""
+    return TokenizerFacts(tokenizer.name, tokenizer.vocab_size, tokenizer.digest, probe_ids(tokenizer))
 
 
 def _checkpoint(config: Config, folder: Path) -> str:
