@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from megalm.checkpoint.optimizer_files import MASTER, MOMENTS
@@ -49,8 +50,8 @@ def tensor_differences(
     Both must be of models with the same number of layers and the same kinds of weights, or tensors are missing.
     `progress` receives the name of each tensor that was compared, and its bytes.
     """
-    left = _tensors(open_checkpoint(first), optimizer=optimizer)
-    right = _tensors(open_checkpoint(second), optimizer=optimizer)
+    left = _without_twins(_tensors(open_checkpoint(first), optimizer=optimizer))
+    right = _without_twins(_tensors(open_checkpoint(second), optimizer=optimizer))
     ours, theirs = next(left, None), next(right, None)
     while ours is not None or theirs is not None:
         if ours is not None and theirs is not None and ours[0] == theirs[0]:
@@ -83,6 +84,17 @@ def _tensors(source: Source, *, optimizer: bool) -> Iterator[tuple[str, Tensor]]
             for key in (MASTER, *MOMENTS):
                 if key in pieces:
                     yield f"{weight.name} {key}", files.whole(weight, key)
+
+
+def _without_twins(tensors: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """All but masters that are their weight: fp32 without ZeRO keeps none, and a reshaped checkpoint writes one."""
+    weight: tuple[str, Tensor] | None = None
+    for name, tensor in tensors:
+        if not _is_state(name):
+            weight = (name, tensor)
+        elif weight is not None and name == f"{weight[0]} {MASTER}" and torch.equal(weight[1], tensor):
+            continue
+        yield name, tensor
 
 
 def _difference(name: str, ours: Tensor, theirs: Tensor) -> TensorDifference | None:

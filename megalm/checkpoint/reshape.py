@@ -63,6 +63,13 @@ def reshape_checkpoint(
     source = open_checkpoint(checkpoint)
     if pp_size > source.shape.num_layers:
         raise CheckpointError(f"{pp_size} pipeline stages do not fit {source.shape.num_layers} layers\n  give fewer")
+    num_heads = source.shape.block.num_heads
+    if num_heads % tp_size:
+        fitting = [size for size in range(1, num_heads + 1) if num_heads % size == 0]
+        raise CheckpointError(
+            f"the {num_heads} attention heads cannot be cut into {tp_size} parts\n"
+            f"  tensor-parallel sizes that fit: {', '.join(map(str, fitting))}"
+        )
     for weight in weight_table(source.shape):
         shard(weight, torch.empty(weight.shape, device="meta"), tp_rank=0, tp_size=tp_size)
     with offline_folder(destination, source.manifest.step) as folder:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from megalm.checkpoint.comparison import tensor_differences, tensor_reports
 from megalm.checkpoint.optimizer_files import MASTER, MOMENTS
 from megalm.checkpoint.reshape import reshape_checkpoint
 from megalm.checkpoint.source import open_checkpoint
@@ -143,6 +144,18 @@ def test_an_offline_reshape_loads_like_its_source(tmp_path: Path) -> None:
     for folder in ("reshaped", "loaded"):
         for name, tensor in consolidated(tmp_path / folder / "global_step3").items():
             assert torch.equal(tensor, expected[name]), (folder, name)
+
+
+def test_a_right_reshape_has_no_differences_and_a_wrong_one_has(tmp_path: Path) -> None:
+    # fp32 under ZeRO-0 keeps no master beside the weight; the reshaped checkpoint, ZeRO-1's, has one.
+    run_ranks(train_and_save, 1, str(tmp_path / "run"), options_of("111"))
+    run = tmp_path / "run" / "global_step3"
+    reshaped = reshape_checkpoint(run, tmp_path / "reshaped", tp_size=2, pp_size=1)
+    compared: list[str] = []
+    assert list(tensor_differences(run, reshaped, progress=lambda name, _: compared.append(name))) == []
+    assert len(compared) == len(list(tensor_reports(run)))
+    run_ranks(train_and_save, 1, str(tmp_path / "other"), options_of("111", dtype="bf16"))
+    assert any(found.largest > 0.0 for found in tensor_differences(run, tmp_path / "other" / "global_step3"))
 
 
 @pytest.mark.slow

@@ -46,7 +46,14 @@ def test_weights_alone_are_reshaped_too(tmp_path: Path) -> None:
         assert torch.equal(expected, actual), weight.name
 
 
-@pytest.mark.parametrize("tp_size, pp_size, words", [(3, 1, "cannot be cut into 3"), (1, 3, "3 pipeline stages")])
+@pytest.mark.parametrize(
+    "tp_size, pp_size, words",
+    [
+        (3, 1, "cannot be cut into 3"),
+        (8, 1, "4 attention heads cannot be cut into 8 parts"),
+        (1, 3, "3 pipeline stages"),
+    ],
+)
 def test_sizes_that_do_not_fit_are_refused_and_leave_nothing(
     tmp_path: Path, tp_size: int, pp_size: int, words: str
 ) -> None:
