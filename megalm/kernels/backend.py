@@ -183,12 +183,14 @@ def choose(
     use: AttentionUse | None = None,
     drops: bool = False,
     dtype: torch.dtype | None = None,
+    hidden_size: int = 1024,
+    gate: str = "swiglu",
 ) -> Choice:
     """The implementation of an operation (attention, layer_norm, ...) that `requested` names, or `auto` finds best.
 
     Build one choice and share it between the layers: an attention core caches its bias. `use` is what the model asks of
     its attention core; without it, `auto` takes one that serves every model. `drops` tells whether dropout_add has
-    anything to drop, `dtype` what the linear layers multiply.
+    anything to drop, `dtype` what activations are; with the hidden size and the gate they decide what is checked.
 
     Raises: KernelError if `requested` is not known or cannot run on `device`, or cannot serve the model.
     """
@@ -197,7 +199,8 @@ def choose(
         name, reason = _preference(operation, device, use, drops, dtype)
         implementation = candidates[name].build()
         if name in COMPILED_HERE:
-            wrong = self_check.failure(operation, implementation, device, use=use)
+            demand = self_check.Demand(dtype, use, hidden_size, gate, drops)
+            wrong = self_check.failure(operation, implementation, device, demand=demand)
             if wrong is not None:
                 fallback = RUNS_EVERYWHERE[operation]
                 return Choice(fallback, candidates[fallback].build(), f"{name} failed its check on this GPU: {wrong}")

@@ -6,7 +6,10 @@ and gradients; the bound is a gross one, since the tests know the errors that ro
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -26,24 +29,50 @@ from megalm.kernels.layer_norm import oracle
 BOUND = 0.05
 """Largest difference from the reference in fp32, over its largest value: several roundings to 8 bits of mantissa."""
 EPSILON = 1e-5
+SHARE_DROPPED = 0.25
 
 Results = tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Demand:
+    """What a run asks of its kernels, as far as a check depends on it."""
+
+    dtype: torch.dtype | None = None
+    """Of activations; by default bf16 on a GPU and fp32 elsewhere."""
+    attention: AttentionUse | None = None
+    hidden_size: int = 1024
+    gate: str = "swiglu"
+    drops: bool = False
+    """Whether hidden states are dropped."""
 
 
 class Draw:
     """Random tensors on the device. A GPU gets as many rows and positions as make programs go round their loops."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, dtype: torch.dtype | None = None) -> None:
+        self.device = device
         self._generator = torch.Generator(device).manual_seed(17)
-        self._dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        self.num_rows, self.num_positions = (20_011, 700) if device.type == "cuda" else (67, 150)
+        on_gpu = device.type == "cuda"
+        self._dtype = dtype or (torch.bfloat16 if on_gpu else torch.float32)
+        self._most_rows, self.num_positions = (20_011, 700) if on_gpu else (67, 150)
 
     def __call__(self, *shape: int) -> Tensor:
-        device = self._generator.device
-        return torch.randn(shape, generator=self._generator, device=device).to(self._dtype)
+        return torch.randn(shape, generator=self._generator, device=self.device).to(self._dtype)
+
+    def num_rows(self, width: int) -> int:
+        """Rows of a matrix that takes no more than 64 MiB in fp32."""
+        return min(self._most_rows, 2**24 // width)
+
+    @contextlib.contextmanager
+    def seeded(self) -> Iterator[None]:
+        """Kernels draw the same numbers in every such block, and the run's own streams stay where they are."""
+        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+            torch.manual_seed(17)
+            yield
 
 
-def failure(operation: str, kernel: Any, device: torch.device, *, use: AttentionUse | None = None) -> str | None:
+def failure(operation: str, kernel: Any, device: torch.device, *, demand: Demand | None = None) -> str | None:
     """What is wrong with a kernel of `operation` on `device`, in a few words; None if it gives the reference's numbers.
 
     Random streams are left as they are. Operations without a check pass.
@@ -51,8 +80,9 @@ def failure(operation: str, kernel: Any, device: torch.device, *, use: Attention
     check = _CHECKS.get(operation)
     if check is None:
         return None
+    demand = demand or Demand()
     try:
-        for name, got, wanted in check(kernel, Draw(device), use):
+        for name, got, wanted in check(kernel, Draw(device, demand.dtype), demand):
             difference = (got.float() - wanted.float()).abs().max().item()
             if not difference <= BOUND * max(wanted.float().abs().max().item(), EPSILON):
                 return f"{name} differs from the reference by {difference:.3g}"
@@ -61,10 +91,12 @@ def failure(operation: str, kernel: Any, device: torch.device, *, use: Attention
     return None
 
 
-Check = Callable[[Any, Draw, AttentionUse | None], list[tuple[str, Tensor, Tensor]]]
+Comparison = list[tuple[str, Tensor, Tensor]]
+Check = Callable[[Any, Draw, Demand], Comparison]
 
 
-def _attention(kernel: Any, draw: Draw, use: AttentionUse | None) -> list[tuple[str, Tensor, Tensor]]:
+def _attention(kernel: Any, draw: Draw, demand: Demand) -> Comparison:
+    use = demand.attention
     b, n, d = 2, 4, use.head_size if use is not None else 64
     s = draw.num_positions
     mixed = draw(s, b, n, 3, d)
@@ -84,13 +116,50 @@ def _attention(kernel: Any, draw: Draw, use: AttentionUse | None) -> list[tuple[
     def theirs(x: Tensor, bias: Tensor) -> Tensor:
         return BaddbmmAttention().from_fused(x + bias.view(n, 3, d), **options)
 
-    return _compared(ours, theirs, (mixed, draw(3 * n * d)), draw)
+    found = _compared(ours, theirs, (mixed, draw(3 * n * d)), draw)
+    if use is not None and use.dropout:
+        found += _dropped_attention(kernel, draw, d, slopes)
+    return found
 
 
-def _layer_norm(kernel: Any, draw: Draw, use: AttentionUse | None) -> list[tuple[str, Tensor, Tensor]]:
+def _dropped_attention(kernel: Any, draw: Draw, d: int, slopes: Tensor | None) -> Comparison:
+    """d positions, whose weights come out as they are where the values are the identity: so the mask is seen."""
+    b, n = 2, 4
+    mixed = draw(d, b, n, 3, d)
+    options: dict[str, Any] = {"slopes": slopes, "mask": None, "dropout": SHARE_DROPPED, "training": True}
+    seen = mixed.clone()
+    seen[:, :, :, 2] = torch.eye(d, device=mixed.device, dtype=mixed.dtype)[:, None, None]
+    with draw.seeded():
+        weights = kernel.from_fused(seen, **options, bias=None).view(d, b, n, d)
+    kept = (weights != 0).permute(1, 2, 0, 3)  # [b, n, query, key]
+
+    def ours(x: Tensor) -> Tensor:
+        with draw.seeded():
+            result: Tensor = kernel.from_fused(x, **options, bias=None)
+        return result
+
+    def theirs(x: Tensor) -> Tensor:
+        q, k, v = (part.permute(1, 2, 0, 3) for part in x.unbind(3))  # [s, b, n, 3, d] -> 3 of [b, n, s, d]
+        scores = q @ k.transpose(-1, -2) / math.sqrt(d)
+        if slopes is not None:
+            scores = scores + slopes[:, None, None] * torch.arange(d, device=x.device)
+        hidden = torch.ones(d, d, dtype=torch.bool, device=x.device).triu(1)
+        probabilities = scores.masked_fill(hidden, -math.inf).softmax(-1) * kept / (1.0 - SHARE_DROPPED)
+        return (probabilities @ v).permute(2, 0, 1, 3).flatten(2)
+
+    share = kept.float().sum() / (b * n * d * (d + 1) / 2)
+    return [*_compared(ours, theirs, (mixed,), draw), _share_kept(share)]
+
+
+def _share_kept(share: Tensor) -> tuple[str, Tensor, Tensor]:
+    return "share that is kept", share, torch.full_like(share, 1.0 - SHARE_DROPPED)
+
+
+def _layer_norm(kernel: Any, draw: Draw, demand: Demand) -> Comparison:
     from megalm.kernels.layer_norm.triton_norm import add_layer_norm, layer_norm_and_pass
 
-    rows, h = draw.num_rows, 1024
+    h = demand.hidden_size
+    rows = draw.num_rows(h)
     norm = (draw(rows, h), draw(h), draw(h))
     added = (draw(rows, h), draw(h), draw(rows, h), draw(h), draw(h))
 
@@ -108,53 +177,76 @@ def _layer_norm(kernel: Any, draw: Draw, use: AttentionUse | None) -> list[tuple
     ]
 
 
-def _bias_gelu(kernel: Any, draw: Draw, use: AttentionUse | None) -> list[tuple[str, Tensor, Tensor]]:
-    return _compared(kernel, bias_gelu, (draw(draw.num_rows, 512), draw(512)), draw)
+def _bias_gelu(kernel: Any, draw: Draw, demand: Demand) -> Comparison:
+    return _compared(kernel, bias_gelu, (draw(draw.num_rows(512), 512), draw(512)), draw)
 
 
-def _glu(kernel: Any, draw: Draw, use: AttentionUse | None) -> list[tuple[str, Tensor, Tensor]]:
-    return _compared(kernel("swiglu"), torch_glu("swiglu"), (draw(draw.num_rows, 512), draw(512)), draw)
+def _glu(kernel: Any, draw: Draw, demand: Demand) -> Comparison:
+    inputs = (draw(draw.num_rows(512), 512), draw(512))
+    return _compared(kernel(demand.gate), torch_glu(demand.gate), inputs, draw)
 
 
-def _head(kernel: Any, draw: Draw, use: AttentionUse | None) -> list[tuple[str, Tensor, Tensor]]:
-    logits, labels = draw(9, 5000), torch.arange(9) * 500
-    labels = labels.to(logits.device)
-    weights = torch.ones(9, device=logits.device)
+def _head(kernel: Any, draw: Draw, demand: Demand) -> Comparison:
+    """Rows of the whole vocabulary at once; statistics and gradient apart, as tensor-parallel ranks and fp16 take them;
+    and the factors, on rows as wide as the hidden states."""
+    logits, x = draw(9, 5000), draw(9, demand.hidden_size)
+    labels = torch.arange(9, device=logits.device) * 500
+    elsewhere = torch.where(labels % 1000 == 0, labels, -1)
+    weights = torch.linspace(0.5, 1.5, 9, device=logits.device)
+    factors, factor = weights + 1.0, torch.full((), 0.75, device=logits.device)
     found = []
-    for rows, values in ((kernel, logits.clone()), (TorchRows(), logits.float())):
+    for rows, wide in ((kernel, False), (TorchRows(), True)):
+        values, apart, ours = (t.to(torch.float32 if wide else t.dtype, copy=True) for t in (logits, logits, x))
         peak, total = rows.statistics(values)
-        log_sum, factors = rows.log_sum_and_gradient_(values, labels, weights, z_loss=1e-4)
-        if factors is not None:
-            values = values.float() * factors.unsqueeze(-1)
-        found.append((peak, total, log_sum, values))
+        log_sum, of_rows = rows.log_sum_and_gradient_(values, labels, weights, z_loss=1e-4)
+        if of_rows is not None:
+            values = values.float() * of_rows.unsqueeze(-1)
+        rows.gradient_(apart, elsewhere, peak + total.log(), weights, z_loss=1e-4)
+        scaled = rows.scaled(ours, factors)
+        rows.scale_(ours, factor, factors)
+        rows.scale_(scaled, factor)
+        found.append((peak, total, log_sum, values, apart, scaled, ours))
     return [(f"part {at}", got, wanted) for at, (got, wanted) in enumerate(zip(*found, strict=True))]
 
 
-def _gradient_sum(kernel: Any, draw: Draw, use: AttentionUse | None) -> list[tuple[str, Tensor, Tensor]]:
-    rows, gradient = draw(40, 512), draw(60, 512)
+def _gradient_sum(kernel: Any, draw: Draw, demand: Demand) -> Comparison:
+    h = demand.hidden_size
+    rows, gradient = draw(40, h), draw(60, h)
     ids = (torch.arange(40) * 7 % 13 - 1).to(rows.device)
-    ours, theirs = (torch.ones(60, 512, device=rows.device) for _ in range(2))
+    ours, theirs = (torch.ones(60, h, device=rows.device) for _ in range(2))
     for one, total in ((kernel, ours), (TorchGradientSum(), theirs)):
         one.add_(total.view(-1), gradient, factor=torch.full((), 0.25, device=rows.device))
         one.add_rows_(total, ids, rows)
     return [("sum", ours, theirs)]
 
 
-def _dropout_add(kernel: Any, draw: Draw, use: AttentionUse | None) -> list[tuple[str, Tensor, Tensor]]:
-    """Without dropout, whose random numbers are each kernel's own; and that about a quarter of 0.25 is dropped."""
-    inputs = (draw(draw.num_rows, 512), draw(512), draw(draw.num_rows, 512))
-    x, bias, zero = torch.ones_like(inputs[0]), torch.zeros_like(inputs[1]), torch.zeros_like(inputs[2])
-    with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
-        kept = (kernel(x, bias, zero, 0.25, True) != 0).float().mean()
+def _dropout_add(kernel: Any, draw: Draw, demand: Demand) -> Comparison:
+    """Without dropout; and with it, by what is kept of ones, as every kernel draws numbers of its own."""
+    h = demand.hidden_size
+    rows = draw.num_rows(h)
+    inputs = (draw(rows, h), draw(h), draw(rows, h))
+    ones, nothing = torch.ones_like(inputs[0]), (torch.zeros_like(inputs[1]), torch.zeros_like(inputs[2]))
 
-    def ours(*given: Tensor) -> Tensor:
-        result: Tensor = kernel(*given, 0.0, True)
+    def kernel_with(prob: float, *given: Tensor) -> Tensor:
+        with draw.seeded():
+            result: Tensor = kernel(*given, prob, True)
         return result
 
-    def theirs(x: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
+    kept = kernel_with(SHARE_DROPPED, ones, *nothing) != 0
+
+    def dropped(x: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
+        return residual + (x + bias) * kept / (1.0 - SHARE_DROPPED)
+
+    def whole(x: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
         return bias_dropout_add(x, bias, residual, 0.0, True)
 
-    return [*_compared(ours, theirs, inputs, draw), ("share that is kept", kept, torch.full_like(kept, 0.75))]
+    found = _compared(partial(kernel_with, 0.0), whole, inputs, draw)
+    if demand.drops:
+        found += [
+            *_compared(partial(kernel_with, SHARE_DROPPED), dropped, inputs, draw),
+            _share_kept(kept.float().mean()),
+        ]
+    return found
 
 
 _CHECKS: dict[str, Check] = {
@@ -168,9 +260,7 @@ _CHECKS: dict[str, Check] = {
 }
 
 
-def _compared(
-    kernel: Callable[..., Any], reference: Callable[..., Any], inputs: Results, draw: Draw
-) -> list[tuple[str, Tensor, Tensor]]:
+def _compared(kernel: Callable[..., Any], reference: Callable[..., Any], inputs: Results, draw: Draw) -> Comparison:
     """Results and gradients of both sides, the reference in fp32 on the same values."""
     ours = tuple(x.detach().clone().requires_grad_() for x in inputs)
     theirs = tuple(x.detach().float().requires_grad_() for x in inputs)

@@ -272,14 +272,14 @@ def _build_engine(
     optimizer = build_optimizer(module, config.training, topology=topology, engine_clips=engine_clips(config))
     gradient_sum = None
     if config.training.dtype == "bf16" and effective_zero_stage(config) == 1:
-        gradient_sum = _choose_gradient_sum(topology, console)
+        gradient_sum = _choose_gradient_sum(config.model.hidden_size, topology, console)
     settings = deepspeed_json(config, dp_size=topology.dp.size)
     return build_engine(module, optimizer, settings, topology, gradient_sum=gradient_sum, graph=graph)
 
 
-def _choose_gradient_sum(topology: Topology, console: Console) -> GradientSumKernel:
+def _choose_gradient_sum(hidden_size: int, topology: Topology, console: Console) -> GradientSumKernel:
     def choose_it(names: Mapping[str, str]) -> tuple[GradientSumKernel, dict[str, Choice]]:
-        choice = choose("gradient_sum", names["gradient_sum"], topology.device)
+        choice = choose("gradient_sum", names["gradient_sum"], topology.device, hidden_size=hidden_size)
         return choice.implementation, {"gradient_sum": choice}
 
     kernel, _ = choose_on_all_ranks({"gradient_sum": "auto"}, choose_it, topology=topology, console=console)

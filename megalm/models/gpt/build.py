@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -50,20 +51,21 @@ def choose_kernels(
             dropout=model.attention_dropout > 0.0,
             documents=documents is not None and documents.reset_attention,
         )
+    choose_for = partial(choose, device=device, dtype=dtype, hidden_size=model.hidden_size)
     choices = {
-        "attention": choose("attention", attention, device, use=use),
-        "layer_norm": choose("layer_norm", layer_norm, device),
-        "linear": choose("linear", linear, device, dtype=dtype),
-        "head": choose("head", head, device),
-        "dropout_add": choose("dropout_add", dropout_add, device, drops=model.hidden_dropout > 0.0),
+        "attention": choose_for("attention", attention, use=use),
+        "layer_norm": choose_for("layer_norm", layer_norm),
+        "linear": choose_for("linear", linear),
+        "head": choose_for("head", head),
+        "dropout_add": choose_for("dropout_add", dropout_add, drops=model.hidden_dropout > 0.0),
     }
     if model.glu_activation is not None:
-        glu = choose("glu", bias_gelu, device)
+        glu = choose_for("glu", bias_gelu, gate=model.glu_activation)
         choices["bias_gelu"] = Choice(glu.name, glu.implementation(model.glu_activation), glu.reason)
     elif model.activation == "gelu_erf":
         choices["bias_gelu"] = Choice("torch", bias_gelu_erf, "the erf GELU has one implementation")
     else:
-        choices["bias_gelu"] = choose("bias_gelu", bias_gelu, device)
+        choices["bias_gelu"] = choose_for("bias_gelu", bias_gelu)
     chosen = {name: choice.implementation for name, choice in choices.items()}
     chosen["add_layer_norm"] = choose_add_layer_norm(choices["layer_norm"].name)
     chosen["layer_norm_and_pass"] = choose_layer_norm_and_pass(choices["layer_norm"].name)

@@ -16,6 +16,8 @@ from megalm.kernels.backend import choose
 from megalm.kernels.bias_gelu.eager import bias_gelu
 from megalm.kernels.bias_gelu.gated import torch_glu
 from megalm.kernels.cross_entropy.torch_rows import TorchRows
+from megalm.kernels.dropout_add.oracle import bias_dropout_add
+from megalm.kernels.self_check import Demand
 from tests.support.triton_device import INSTALLED
 
 CPU = torch.device("cpu")
@@ -23,15 +25,28 @@ BLOOM = AttentionUse(alibi=True, head_size=64, dtype=torch.bfloat16)
 needs_triton = pytest.mark.skipif(not INSTALLED, reason="Triton is not installed")
 
 
+DROPPED = Demand(attention=replace(BLOOM, dropout=True), drops=True)
+BY_OPERATION = {
+    "attention": [Demand(attention=replace(BLOOM, documents=True)), DROPPED],
+    "layer_norm": [Demand(), Demand(torch.bfloat16, hidden_size=96)],
+    "bias_gelu": [Demand(), Demand(torch.float16)],
+    "glu": [Demand(gate=gate) for gate in ("geglu", "swiglu", "reglu", "liglu")],
+    "dropout_add": [Demand(hidden_size=96), DROPPED],
+    "head": [Demand(hidden_size=96), Demand(torch.float16)],
+    "gradient_sum": [Demand(), Demand(torch.bfloat16, hidden_size=96)],
+}
+
+
 @needs_triton
 @pytest.mark.parametrize("operation", [name for name, kinds in backend._CANDIDATES.items() if "triton" in kinds])
 def test_every_triton_kernel_passes(operation: str, triton_device: torch.device) -> None:
     kernel = backend._CANDIDATES[operation]["triton"].build()
-    uses = [BLOOM, replace(BLOOM, documents=True)] if operation == "attention" else [None]
-    state = torch.get_rng_state()
-    for use in uses:
-        assert self_check.failure(operation, kernel, triton_device, use=use) is None
-    assert torch.equal(torch.get_rng_state(), state)
+    states = [torch.get_rng_state(), *([torch.cuda.get_rng_state()] if triton_device.type == "cuda" else [])]
+    for demand in BY_OPERATION[operation]:
+        assert self_check.failure(operation, kernel, triton_device, demand=demand) is None, demand
+    assert torch.equal(torch.get_rng_state(), states[0])
+    if triton_device.type == "cuda":
+        assert torch.equal(torch.cuda.get_rng_state(), states[1])
 
 
 class DropsTheScale(BaddbmmAttention):
@@ -50,28 +65,65 @@ class LeavesTheLabel(TorchRows):
         return super().log_sum_and_gradient_(logits, torch.full_like(labels, -1), weights, z_loss=z_loss)
 
 
+class LeavesTheFactors(TorchRows):
+    """Rows of the hidden states that are not multiplied by their factors."""
+
+    def scaled(self, x: Tensor, factors: Tensor) -> Tensor:
+        return x.clone()
+
+
+class LeavesTheWeights(TorchRows):
+    """The gradient on tensor-parallel ranks as if every token had the same weight."""
+
+    def gradient_(self, logits: Tensor, labels: Tensor, log_sum: Tensor, weights: Tensor, *, z_loss: float) -> None:
+        super().gradient_(logits, labels, log_sum, torch.ones_like(weights), z_loss=z_loss)
+
+
+class DropsAnew(BaddbmmAttention):
+    """Gradients through another mask than the forward's."""
+
+    def from_fused(self, mixed: Tensor, **options: Any) -> Tensor:
+        first = super().from_fused(mixed.detach(), **options)
+        second = super().from_fused(mixed, **options)
+        return second + (first - second).detach()
+
+
+class AddsNothingWhereItDrops:
+    """A mask for the result and none for the gradients."""
+
+    def __call__(self, x: Tensor, bias: Tensor, residual: Tensor, prob: float, training: bool) -> Tensor:
+        whole = x + bias
+        return residual + whole + (torch.nn.functional.dropout(whole, prob, training) - whole).detach()
+
+
 def raises(*_: Any) -> Tensor:
     raise RuntimeError("no kernel image is available\nfor execution on the device")
 
 
 @pytest.mark.parametrize(
-    "operation, kernel, said",
+    "operation, kernel, demand, said",
     [
-        ("attention", DropsTheScale(), "result 0 differs from the reference by"),
-        ("head", LeavesTheLabel(), "part 3 differs from the reference by"),
-        ("bias_gelu", lambda x, bias: bias_gelu(x, bias).detach() + 0.0 * (x + bias), "gradient 0 differs"),
-        ("bias_gelu", raises, "RuntimeError: no kernel image is available"),
-        ("bias_gelu", lambda x, bias: bias_gelu(x, bias) * float("nan"), "result 0 differs from the reference by nan"),
-        ("glu", lambda gate: torch_glu("reglu"), "differs from the reference by"),
+        ("attention", DropsTheScale(), Demand(), "result 0 differs from the reference by"),
+        ("attention", DropsAnew(), DROPPED, "gradient 0 differs from the reference by"),
+        ("head", LeavesTheLabel(), Demand(), "part 3 differs from the reference by"),
+        ("head", LeavesTheWeights(), Demand(), "part 4 differs from the reference by"),
+        ("head", LeavesTheFactors(), Demand(), "part 5 differs from the reference by"),
+        ("bias_gelu", lambda x, bias: bias_gelu(x, bias).detach() + 0.0 * (x + bias), Demand(), "gradient 0 differs"),
+        ("bias_gelu", raises, Demand(), "RuntimeError: no kernel image is available"),
+        ("bias_gelu", lambda x, bias: bias_gelu(x, bias) * float("nan"), Demand(), "differs from the reference by nan"),
+        ("glu", lambda gate: torch_glu("reglu"), Demand(), "differs from the reference by"),
+        ("glu", lambda gate: torch_glu("swiglu"), Demand(gate="geglu"), "differs from the reference by"),
+        ("dropout_add", AddsNothingWhereItDrops(), DROPPED, "gradient 0 differs from the reference by"),
     ],
-    ids=["scale", "label", "gradient", "raises", "nan", "gate"],
+    ids=["scale", "mask", "label", "weights", "factors", "gradient", "raises", "nan", "gate", "this gate", "dropped"],
 )
-def test_a_wrong_kernel_fails_with_what_is_wrong(operation: str, kernel: Any, said: str) -> None:
-    assert said in str(self_check.failure(operation, kernel, CPU))
+def test_a_wrong_kernel_fails_with_what_is_wrong(operation: str, kernel: Any, demand: Demand, said: str) -> None:
+    assert said in str(self_check.failure(operation, kernel, CPU, demand=demand))
 
 
 def test_references_pass() -> None:
-    assert self_check.failure("attention", BaddbmmAttention(), CPU, use=BLOOM) is None
+    assert self_check.failure("attention", BaddbmmAttention(), CPU, demand=DROPPED) is None
+    assert self_check.failure("dropout_add", bias_dropout_add, CPU, demand=DROPPED) is None
     assert self_check.failure("bias_gelu", bias_gelu, CPU) is None
     assert self_check.failure("head", TorchRows(), CPU) is None
 
