@@ -41,7 +41,8 @@ class TritonAttention:
         dropout: float,
         training: bool,
     ) -> Tensor:
-        starts = _checked_starts(mask)
+        _check_shapes(q, k, v)
+        starts = _checked_starts(mask, q.size(0), q.size(2))
         seed = _drawn_seed(q) if training and dropout > 0.0 else None
         result: tuple[Tensor, Tensor, Tensor] = attention(q, k, v, slopes, starts, seed, dropout)
         return result[0]
@@ -57,18 +58,31 @@ class TritonAttention:
         bias: Tensor | None = None,
     ) -> Tensor:
         """As the protocol has it, without a copy on the way in or out, nor of the gradient."""
-        starts = _checked_starts(mask)
+        starts = _checked_starts(mask, mixed.size(1), mixed.size(0))
         seed = _drawn_seed(mixed) if training and dropout > 0.0 else None
         result: tuple[Tensor, Tensor, Tensor] = fused_attention(mixed, bias, slopes, starts, seed, dropout)
         return result[0].flatten(2)
 
 
-def _checked_starts(mask: Tensor | None) -> Tensor | None:
+def _check_shapes(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Raises: ValueError where the kernels would read past the end of a tensor."""
+    b, n, s, d = q.shape
+    heads = k.size(1)
+    if k.shape != (b, heads, s, d) or v.shape != k.shape or n % max(heads, 1):
+        raise ValueError(
+            f"q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} must agree but in heads, and the {heads} "
+            f"heads of k and v must divide the {n} of q"
+        )
+
+
+def _checked_starts(mask: Tensor | None, b: int, s: int) -> Tensor | None:
     if mask is not None and mask.dim() != 2:
         raise KernelError(
             f"the triton attention core got a mask of shape {tuple(mask.shape)}, which holds a number for every pair\n"
             "  give the first key that each query sees, int32 [b, s], or use --attention-kernel sdpa"
         )
+    if mask is not None and tuple(mask.shape) != (b, s):
+        raise ValueError(f"the first keys {tuple(mask.shape)} must be one for each of {b} x {s} queries")
     return None if mask is None else mask.to(torch.int32).contiguous()
 
 
@@ -181,7 +195,6 @@ def _(do: Tensor, mixed: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tenso
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *tensors, ctx.dropout = inputs
-    ctx.num_inputs = len(tensors) - 3
     ctx.save_for_backward(*tensors[:-3], *output, *tensors[-3:])
     ctx.set_materialize_grads(False)
 

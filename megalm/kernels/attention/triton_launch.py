@@ -47,7 +47,9 @@ class Cut:
         by_query, by_key, rows = (self.forward, self.query_gradient), self.key_value_gradient, self.forward.queries
         # A block beside the diagonal has no causal mask; log-sum-exps are stored in whole blocks of the forward pass.
         whole = all(x.queries % x.keys == 0 for x in by_query) and by_key.keys % by_key.queries == 0
-        if not whole or rows % self.query_gradient.queries or rows % by_key.queries:
+        # What the gradient of queries leaves for that of keys, it leaves in whole blocks as well.
+        left = self.query_gradient.queries
+        if not whole or rows % left or rows % by_key.queries or left % by_key.queries:
             raise ValueError(f"{self}: blocks must divide one another")
 
 

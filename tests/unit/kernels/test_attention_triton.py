@@ -15,7 +15,7 @@ pytest.importorskip("triton")
 
 from megalm.errors import KernelError
 from megalm.kernels.alibi import alibi_slopes
-from megalm.kernels.attention import triton_launch
+from megalm.kernels.attention import triton_flash, triton_launch
 from megalm.kernels.attention.baddbmm import BaddbmmAttention
 from megalm.kernels.attention.triton_flash import TritonAttention, attention
 from megalm.kernels.attention.triton_launch import Blocks, Cut
@@ -102,7 +102,7 @@ def test_alibi_attention_matches_float64_at_odd_lengths(dtype: torch.dtype, s: i
 
 @pytest.mark.parametrize("d", [64, 80, 96, 112, 128])
 def test_every_head_size_matches_float64(d: int, device: torch.device) -> None:
-    check(example(torch.bfloat16, device, n=1, s=35, d=d), slopes=alibi_slopes(3)[:1].to(device))
+    check(example(torch.bfloat16, device, n=1, s=LONG, d=d), slopes=alibi_slopes(3)[:1].to(device))
     check(example(torch.float32, device, n=1, s=35, d=d), slopes=None)
 
 
@@ -110,9 +110,10 @@ def test_attention_without_alibi_matches_float64(device: torch.device) -> None:
     check(example(torch.float32, device, s=65), slopes=None)
 
 
-def test_documents_do_not_see_each_other(device: torch.device) -> None:
-    starts = torch.cat([starts_of([5, 1, 30, 4, 25], device), starts_of([65], device)])
-    inputs = example(torch.float32, device, b=2, s=65)
+@pytest.mark.parametrize("dtype, s", [(torch.float32, 65), (torch.bfloat16, LONG), (torch.float16, 65)])
+def test_documents_do_not_see_each_other(dtype: torch.dtype, s: int, device: torch.device) -> None:
+    starts = torch.cat([starts_of([5, 1, 30, 4, s - 40], device), starts_of([s], device)])
+    inputs = example(dtype, device, b=2, s=s)
     check(inputs, slopes=alibi_slopes(2).to(device), starts=starts)
     check(inputs, slopes=None, starts=starts)
 
@@ -130,9 +131,27 @@ def test_queries_that_see_nothing_give_zeros_and_no_gradient(device: torch.devic
     check(inputs, slopes=None, starts=starts)
 
 
-@pytest.mark.parametrize("kv_heads", [1, 2])
-def test_heads_that_share_keys_match_float64(kv_heads: int, device: torch.device) -> None:
-    check(example(torch.float32, device, n=4, kv_heads=kv_heads, s=49), slopes=alibi_slopes(4).to(device))
+@pytest.mark.parametrize(
+    "kv_heads, dtype, s",
+    [(1, torch.float32, 49), (2, torch.float32, 49), (2, torch.bfloat16, LONG), (1, torch.float16, 49)],
+)
+def test_heads_that_share_keys_match_float64(kv_heads: int, dtype: torch.dtype, s: int, device: torch.device) -> None:
+    check(example(dtype, device, n=4, kv_heads=kv_heads, s=s), slopes=alibi_slopes(4).to(device))
+
+
+def test_shapes_that_do_not_agree_are_refused(device: torch.device) -> None:
+    core, options = TritonAttention(), {"slopes": None, "dropout": 0.0, "training": False}
+    q, k, v = example(torch.float32, device, n=4, kv_heads=3, s=8)
+    with pytest.raises(ValueError, match="the 3 heads of k and v must divide the 4 of q"):
+        core(q, k, v, mask=None, **options)
+    q, k, v = example(torch.float32, device, s=8)
+    with pytest.raises(ValueError, match="must agree but in heads"):
+        core(q, k[:, :, :7], v[:, :, :7], mask=None, **options)
+    with pytest.raises(ValueError, match="one for each of 1 x 8 queries"):
+        core(q, k, v, mask=torch.zeros(1, 7, dtype=torch.int32, device=device), **options)
+    mixed = torch.zeros(8, 2, 2, 3, 16, device=device)
+    with pytest.raises(ValueError, match="one for each of 2 x 8 queries"):
+        core.from_fused(mixed, mask=torch.zeros(1, 8, dtype=torch.int32, device=device), **options)
 
 
 def test_in_16_bits_more_is_skipped_and_results_stay_within_their_rounding(device: torch.device) -> None:
@@ -178,13 +197,14 @@ def kept_by(seed: Tensor, q: Tensor, dropout: float) -> Tensor:
     return weights * torch.arange(1, s + 1, device=q.device)[:, None]  # Row i had weights 1 / (i + 1).
 
 
-def test_dropout_drops_the_same_weights_forward_and_backward(device: torch.device) -> None:
-    inputs = example(torch.float32, device, s=40, d=40)  # Heads of two pieces.
+@pytest.mark.parametrize("dtype, s", [(torch.float32, 40), (torch.bfloat16, 65)])
+def test_dropout_drops_the_same_weights_forward_and_backward(dtype: torch.dtype, s: int, device: torch.device) -> None:
+    inputs = example(dtype, device, s=s, d=40)  # Heads of two pieces.
     torch.manual_seed(5)
     seed = torch.randint(2**62, (1,), dtype=torch.int64, device=device)
     kept = kept_by(seed, inputs[0], 0.3)
-    seen = torch.ones(40, 40, device=device, dtype=torch.bool).tril()
-    # 1,640 weights: standard deviation of the rate 0.011. Four of those.
+    seen = torch.ones(s, s, device=device, dtype=torch.bool).tril()
+    # At least 1,640 weights: standard deviation of the rate 0.011. Four of those.
     assert abs((kept[:, :, seen] > 0).float().mean().item() - 0.7) < 0.045
     assert not torch.equal(kept[0, 0], kept[0, 1])
     torch.manual_seed(5)
@@ -280,25 +300,53 @@ def test_empty_batches_give_empty_results(b: int, s: int, device: torch.device) 
 
 
 class _Largest(TorchDispatchMode):
+    """Bytes of the largest tensor that operations return, those inside of megalm's own operations included."""
+
     def __init__(self) -> None:
         super().__init__()
-        self.numel = 0
+        self.bytes = 0
+        self.inside: set[str] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.name().removeprefix("megalm::")
+        own = getattr(triton_flash, name, None) if name != func.name() else None
+        if own is not None:
+            self.inside.add(name)
+            with self:  # torch would run what is inside without this mode
+                return own._init_fn(*args, **(kwargs or {}))
         out = func(*args, **(kwargs or {}))
         for x in out if isinstance(out, list | tuple) else [out]:
-            self.numel = max(self.numel, x.numel() if isinstance(x, Tensor) else 0)
+            self.bytes = max(self.bytes, x.nbytes if isinstance(x, Tensor) else 0)
         return out
 
 
-def test_nothing_of_the_size_of_the_scores_is_in_memory(device: torch.device) -> None:
+def _attend(device: torch.device) -> tuple[_Largest, int]:
+    """The largest tensor of forward and backward with everything on, and the bytes of q."""
     inputs = example(torch.float32, device, n=1, s=LONG)
     starts = starts_of([LONG // 2, LONG - LONG // 2], device)
     torch.manual_seed(0)
     with _Largest() as largest:
         result = TritonAttention()(*inputs, slopes=alibi_slopes(1).to(device), mask=starts, dropout=0.1, training=True)
         result.backward(torch.ones_like(result))
-    assert 0 < largest.numel <= inputs[0].numel() < LONG * LONG
+    assert largest.inside == {"attention", "attention_backward"}
+    return largest, inputs[0].nbytes
+
+
+def test_nothing_of_the_size_of_the_scores_is_in_memory(device: torch.device) -> None:
+    largest, size = _attend(device)
+    assert 0 < largest.bytes <= size < 4 * LONG * LONG
+
+
+def test_scores_inside_of_an_operation_would_be_seen(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    launch = triton_flash.launch_forward
+
+    def with_scores(q: Tensor, *rest: Any) -> Any:
+        q.new_empty(q.size(2), q.size(2))
+        return launch(q, *rest)
+
+    monkeypatch.setattr(triton_flash, "launch_forward", with_scores)
+    largest, _ = _attend(device)
+    assert largest.bytes >= 4 * LONG * LONG
 
 
 def test_recomputation_repeats_the_dropped_weights(device: torch.device) -> None:
@@ -352,6 +400,7 @@ def test_a_square_mask_is_refused(device: torch.device) -> None:
         (Blocks(128, 64, 8, 2), Blocks(64, 128, 4, 2), Blocks(64, 64, 4, 2)),
         (Blocks(128, 64, 8, 2), Blocks(64, 64, 4, 2), Blocks(128, 64, 4, 2)),
         (Blocks(64, 64, 8, 2), Blocks(128, 64, 4, 2), Blocks(64, 64, 4, 2)),
+        (Blocks(64, 32, 8, 2), Blocks(32, 32, 4, 2), Blocks(64, 64, 4, 2)),
     ],
 )
 def test_blocks_that_would_miss_the_diagonal_are_refused(cut: tuple[Blocks, Blocks, Blocks]) -> None:
