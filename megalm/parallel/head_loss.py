@@ -47,7 +47,8 @@ def head_cross_entropy(
     Gradients are computed in forward, once, so that backward can run once. fp16 is the exception: its gradients need
     the loss scale that only backward knows, so backward computes the logits again.
 
-    The weight's gradient goes to its `GradientSum`, if it has one; autograd then gets none.
+    The weight's gradient goes to its `GradientSum`, if it has one; autograd then gets none. A token of weight 0 whose
+    logits are not finite makes the loss NaN all the same: no mask hides a broken model.
 
     x's gradient is this rank's part of a sum over tp: enter through `copy_to` or `gather_sequence`. Where several
     chunks add up to the weight's gradient, they add up in fp32 if that fits into chunk_bytes too, otherwise in the

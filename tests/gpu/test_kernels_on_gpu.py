@@ -44,6 +44,17 @@ def test_head_of_bloom_takes_a_gibibyte_and_gives_the_gradients_of_the_logits_in
     difference = x.grad[:64].float() - few.grad
     # Logits of about 1 are rounded to bf16, and so is every gradient; sums over the vocabulary average that out.
     assert difference.norm() <= 2**-7 * few.grad.norm()
+    # Rows of the weight's gradient, with the logits of all tokens in fp32, some at a time.
+    columns = labels[:64].unique()
+    exact = torch.zeros(columns.numel(), width, device=DEVICE)
+    for part in range(0, num_tokens, 512):
+        tokens = x[part : part + 512].detach().float()
+        hot = (labels[part : part + 512, None] == columns).float()
+        share = functional.linear(tokens, weight.detach().float()).softmax(-1)[:, columns] - hot
+        exact += share.t() @ tokens / num_tokens
+    # Rounded to bf16 as a gradient of logits, and in each of four chunks as a sum.
+    assert exact.norm() > 0
+    assert (weight.grad[columns].float() - exact).norm() <= 2**-6 * exact.norm()
     # Softmax minus one-hot sums to 0 over the vocabulary, so that the label's rows, most of the norm, are cancelled by
     # all others; what is left is the rounding of the label's rows to bf16, in four chunks.
     assert weight.grad.float().sum(0).norm() <= 2**-5 * weight.grad.float().norm()

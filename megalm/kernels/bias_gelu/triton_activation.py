@@ -243,5 +243,7 @@ class TritonGlu:
         self.gate = gate
 
     def __call__(self, x: Tensor, bias: Tensor) -> Tensor:
+        if x.size(-1) % 2:
+            raise ValueError(f"gated activations take pairs of features, not {x.size(-1)} features")
         y: Tensor = torch.ops.megalm.bias_activation(x, bias, self.gate)
         return y

@@ -309,9 +309,11 @@ def add_layer_norm(
     """`oracle.add_layer_norm` in one pass: the sum is rounded once and normalised as it was rounded.
 
     Shapes: x, residual [..., h], branch_bias, weight, bias [h] -> 2 of [..., h].
-    Raises: ValueError for a row wider than 32,768.
+    Raises: ValueError for a row wider than 32,768, or if x and the residual differ in dtype, which the sum has.
     """
     _refuse_wide(x)
+    if residual.dtype != x.dtype:
+        raise ValueError(f"the residual is {residual.dtype} and what is added to it {x.dtype}; give both in one dtype")
     y, total, *_ = torch.ops.megalm.layer_norm(x, residual, branch_bias, weight, bias, eps)
     return total, y
 

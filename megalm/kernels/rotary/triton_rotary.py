@@ -89,6 +89,9 @@ def rotary(x: Tensor, angles: Tensor) -> Tensor:
     """The oracle's result in one pass.
 
     Shapes: x [b, n, s, d], angles [s, size / 2] fp32 -> [b, n, s, d].
+    Raises: ValueError if there are fewer angles than positions, or more than pairs in a head.
     """
+    if angles.size(0) != x.size(2) or 2 * angles.size(1) > x.size(3):
+        raise ValueError(f"angles {tuple(angles.shape)} do not fit {x.size(2)} positions of heads of {x.size(3)}")
     y: Tensor = torch.ops.megalm.rotary(x, angles, 1.0)
     return y

@@ -10,7 +10,7 @@ def scale_mask_softmax(scores: Tensor, mask: Tensor | None, *, scale: float) -> 
     """softmax(scale * scores) without the masked positions, in fp32, rounded once to the dtype of `scores`.
 
     A masked position has weight exactly 0. So has every position of a row that is masked throughout: such a row, a
-    query that is padding, attends to nothing.
+    query that is padding, attends to nothing. Scores must be finite: a row of -inf that no mask hides is undefined.
 
     Shapes: scores [..., q, k], mask bool broadcastable to it, True = masked out -> [..., q, k].
     """

@@ -77,3 +77,10 @@ def test_triton_form_takes_heads_out_of_a_joint_projection(triton_device: torch.
     angles = oracle.rotary_angles(37, 16, device=triton_device)
     assert torch.equal(triton_rotary.rotary(q, angles), triton_rotary.rotary(q.contiguous(), angles))
     assert triton_rotary.rotary(q[:0], angles).shape == (0, 3, 37, 16)
+
+
+@pytest.mark.parametrize("shape", [(36, 8), (37, 9)])
+def test_angles_that_do_not_fit_are_refused_before_they_are_read(shape: tuple[int, int]) -> None:
+    x, _ = example(torch.float32, CPU, size=16, head=16)
+    with pytest.raises(ValueError, match=r"do not fit 37 positions of heads of 16"):
+        triton_rotary.rotary(x, torch.zeros(shape))

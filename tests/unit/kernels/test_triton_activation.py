@@ -132,3 +132,8 @@ def test_gated_specification_pairs_neighbours(gate: str) -> None:
     acted = GATES[gate](torch.tensor([1.5, 0.0]))
     expected = torch.tensor([[2.0, -3.0]]) * acted
     torch.testing.assert_close(bias_glu(x, torch.full((4,), 0.5), gate), expected + 0.5 * acted)
+
+
+def test_an_odd_number_of_gated_features_is_refused() -> None:
+    with pytest.raises(ValueError, match="pairs of features, not 7 features"):
+        TritonGlu("swiglu")(torch.zeros(2, 7), torch.zeros(7))

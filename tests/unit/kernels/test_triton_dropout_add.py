@@ -108,3 +108,15 @@ def test_strided_and_empty_inputs(triton_device: torch.device) -> None:
     leaf = bias.requires_grad_()
     bias_dropout_add(x[:0], leaf, residual[:0], 0.1, True).sum().backward()
     assert torch.equal(leaf.grad, torch.zeros_like(leaf))
+
+
+def test_the_bias_gradient_repeats_to_the_bit(triton_device: torch.device) -> None:
+    x, bias, residual = (t.detach() for t in example(torch.float32, triton_device))
+    gradients = []
+    for _ in range(2):
+        leaf = bias.clone().requires_grad_()
+        torch.manual_seed(3)
+        bias_dropout_add(x, leaf, residual, 0.3, True).square().sum().backward()
+        gradients.append(leaf.grad)
+    assert gradients[0].any()
+    assert torch.equal(*gradients)

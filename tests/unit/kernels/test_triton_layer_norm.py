@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
+import types
+from typing import Any
 
 import pytest
 import torch
@@ -150,6 +153,12 @@ def test_rows_wider_than_the_registers_hold_are_refused() -> None:
         layer_norm(wide, wide[0], wide[0], EPS)
 
 
+def test_a_residual_of_another_dtype_is_refused(triton_device: torch.device) -> None:
+    x, vector = torch.zeros(2, 8, dtype=torch.bfloat16, device=triton_device), torch.zeros(8, device=triton_device)
+    with pytest.raises(ValueError, match=r"the residual is torch.float32 and what is added to it torch.bfloat16"):
+        triton_norm.add_layer_norm(x, vector, x.float(), vector, vector, EPS)
+
+
 def test_operation_tells_shapes_without_running() -> None:
     with torch._subclasses.FakeTensorMode():
         fake = torch.empty(5, 8, dtype=torch.bfloat16)
@@ -161,3 +170,31 @@ def test_apex_is_refused_with_the_reason_where_it_is_not(monkeypatch: pytest.Mon
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert apex_norm.obstacle(torch.device("cpu")) == "apex's kernels are for GPUs"
     assert "fused_layer_norm_cuda" in (apex_norm.obstacle(torch.device("cuda")) or "")
+
+
+def test_apex_is_called_as_its_function_wants_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def mixed_dtype_fused_layer_norm_affine(
+        input: Tensor, weight: Tensor, bias: Tensor, normalized_shape: Any, eps: float = 1e-6
+    ) -> Tensor:
+        # apex's kernel reads contiguous memory, and returns the dtype of the weight.
+        assert input.is_contiguous()
+        result = torch.nn.functional.layer_norm(
+            input.float(), tuple(normalized_shape), weight.float(), bias.float(), eps
+        )
+        return result.to(weight.dtype)
+
+    module = types.ModuleType("apex.normalization.fused_layer_norm")
+    module.mixed_dtype_fused_layer_norm_affine = mixed_dtype_fused_layer_norm_affine  # type: ignore[attr-defined]
+    names = ("apex", "apex.normalization", "apex.normalization.fused_layer_norm")
+    for name in names:
+        monkeypatch.setitem(sys.modules, name, module if name == names[-1] else types.ModuleType(name))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    apex_norm._function.cache_clear()
+    try:
+        assert apex_norm.obstacle(torch.device("cuda")) is None
+        x = torch.randn(8, 5, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16).t()  # [5, 8], strided
+        weight, bias = torch.linspace(0.5, 1.5, 8), torch.linspace(-1.0, 1.0, 8)
+        result = apex_norm.layer_norm(x, weight, bias, 1e-3)  # an epsilon that shows if it is lost
+        assert torch.equal(result, oracle.layer_norm(x, weight, bias, 1e-3))
+    finally:
+        apex_norm._function.cache_clear()
