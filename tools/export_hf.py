@@ -49,7 +49,9 @@ def run(options: argparse.Namespace) -> None:
     started = time.perf_counter()
     try:
         max_shard_bytes = parse_size(options.max_shard_size)
-    except ValueError as error:
+        if max_shard_bytes < 1:
+            raise ValueError("no room for a weight")
+    except (ValueError, OverflowError) as error:
         raise CheckpointError(f"--max-shard-size {options.max_shard_size}: give a size such as 5GB") from error
     verifying, writing = ByteLine(sys.stderr, "verifying"), ByteLine(sys.stderr, "writing")
     checkpoint = find_checkpoint(options.load, step=options.step, warn=warn, progress=verifying)
@@ -110,9 +112,10 @@ def run(options: argparse.Namespace) -> None:
         warn(f"copies of {name} differed by up to {size:.2e} from their mean, which was exported")
     writing.close()
     elapsed = time.perf_counter() - started
+    num_files = sum(1 for file in export.files if file.name.endswith(".safetensors"))
     print(
         f"{checkpoint} -> {export.folder}: {export.family}, {export.num_bytes / 1e6:.1f} MB of weights in "
-        f"{len(export.files)} files, {elapsed:.1f} s"
+        f"{num_files} file{'' if num_files == 1 else 's'}, {elapsed:.1f} s"
     )
 
 

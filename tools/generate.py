@@ -36,8 +36,18 @@ def open_model(options: argparse.Namespace) -> tuple[Any, Any, int | None]:
     if (options.load / "config.json").is_file():
         from transformers import AutoModelForCausalLM
 
+        from megalm.checkpoint.loading_bar import without_loading_bar
+
+        if options.step is not None:
+            raise ConfigError(
+                f"--step {options.step} has no meaning for the Hugging Face folder {options.load}\n"
+                "  leave it out, or give --load the folder that a run saved to"
+            )
         try:
-            model = AutoModelForCausalLM.from_pretrained(options.load, local_files_only=True, trust_remote_code=False)
+            with without_loading_bar():
+                model = AutoModelForCausalLM.from_pretrained(
+                    options.load, local_files_only=True, trust_remote_code=False
+                )
         except (OSError, ValueError) as failure:
             said = str(failure).splitlines()[0]
             raise CheckpointError(f"{options.load} holds no model that transformers reads: {said}") from failure

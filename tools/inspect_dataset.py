@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from megalm.data.indexed import IndexedDataset
 from megalm.data.meter import Meter
 from megalm.data.statistics import document_lengths, histogram, statistics
-from megalm.errors import DataError, MegalmError
+from megalm.errors import ConfigError, DataError, MegalmError
 
 if TYPE_CHECKING:
     from megalm.tokenizers.protocol import Tokenizer
@@ -37,6 +37,9 @@ def parser() -> argparse.ArgumentParser:
 
 def run(options: argparse.Namespace) -> None:
     """Print the report."""
+    for name in ("samples", "seed", "max_tokens"):
+        if getattr(options, name) < 0:
+            raise ConfigError(f"--{name.replace('_', '-')} {getattr(options, name)} must not be negative")
     indexed = IndexedDataset(options.prefix)
     meter = Meter(options.prefix, indexed.tokens.nbytes)
     found = statistics(indexed, read_tokens=options.read_tokens, read=meter)

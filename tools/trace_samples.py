@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megalm.errors import DataError, MegalmError
+from megalm.errors import ConfigError, DataError, MegalmError
 
 if TYPE_CHECKING:
     from megalm.config.root import Config
@@ -61,6 +61,8 @@ def run(options: argparse.Namespace, command_line: list[str]) -> None:
     if source is None:
         raise DataError("this run has no training samples")
     tokenizer = None if options.no_text else build_tokenizer(config.data, vocab_size=config.model.vocab_size)
+    if options.max_tokens < 0:
+        raise ConfigError(f"--max-tokens {options.max_tokens} must not be negative")
     for step, number in chosen(options, config):
         if not 0 <= number < len(source):
             raise DataError(f"sample {number} does not exist; the run has 0 to {len(source) - 1}")
@@ -84,7 +86,7 @@ def run(options: argparse.Namespace, command_line: list[str]) -> None:
 
 def chosen(options: argparse.Namespace, config: Config) -> Iterator[tuple[int | None, int]]:
     """(step or None, sample) of everything asked for."""
-    from megalm.train.samples import samples_of_steps
+    from megalm.train.samples import samples_of_steps, total_steps
 
     if options.samples is not None:
         first, last = bounds(options.samples, "--samples", least=0)
@@ -92,6 +94,9 @@ def chosen(options: argparse.Namespace, config: Config) -> Iterator[tuple[int | 
             yield None, number
         return
     first, last = bounds(options.steps, "--steps", least=1)
+    total = total_steps(config, dp_size=options.data_parallel_size)
+    if options.metrics_path is None and last > total:
+        raise DataError(f"--steps {options.steps} goes past the last step of this run, {total}")
     steps = (
         samples_of_steps(config, first, last, dp_size=options.data_parallel_size)
         if options.metrics_path is None

@@ -75,8 +75,7 @@ def find_checkpoint(
         rejected.append(f"checkpoint {path} is damaged: {'; '.join(problems[:3])}{_more(len(problems) - 3)}")
     details = "\n".join(f"  {remark}" for remark in rejected)
     raise CheckpointError(
-        f"no valid checkpoint in {folder}\n{details}{chr(10) if details else ''}"
-        "  give the folder that a run saved to, or start from step 0 with --allow-fresh-start"
+        f"no valid checkpoint in {folder}\n{details}{chr(10) if details else ''}  give the folder that a run saved to"
     )
 
 
@@ -84,6 +83,8 @@ def candidates(folder: Path, step: int | None, universal: bool) -> tuple[list[Pa
     """The checkpoints of a folder in the order they are tried, by their names, and what is odd about it."""
     if not folder.is_dir():
         return [], [f"{folder} is not a folder"]
+    if (folder / "config.json").is_file():
+        return [], ["it is a Hugging Face folder, of which tools/import_hf.py makes a checkpoint"]
     if (folder / layout.MANIFEST).is_file() or is_bigscience(folder) or is_universal(folder):
         if universal and not is_universal(folder):
             return [], [f"{folder} is no universal checkpoint, as --universal-checkpoint asks"]

@@ -76,6 +76,10 @@ def import_folder(
     shape = gpt_shape(foreign.model)
     _check_names(source, weights, shape, family=foreign.family)
     _check_divisible(foreign.model, tp_size=tp_size)
+    if not 1 <= pp_size <= foreign.model.num_layers:
+        raise CheckpointError(
+            f"--pipeline-model-parallel-size {pp_size} must be 1 to the {foreign.model.num_layers} layers of the model"
+        )
     final = destination / layout.step_folder(0)
     if destination.exists() and any(destination.iterdir()):
         raise CheckpointError(f"{destination} is not empty, and nothing is overwritten\n  give another folder")

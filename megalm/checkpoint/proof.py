@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
+from megalm.checkpoint.loading_bar import without_loading_bar
 from megalm.checkpoint.standalone import continue_tokens, load_model
 from megalm.errors import CheckpointError
 
@@ -69,9 +70,10 @@ def prove_export(
     """
     from transformers import AutoModelForCausalLM
 
-    theirs, info = AutoModelForCausalLM.from_pretrained(
-        folder, output_loading_info=True, local_files_only=True, trust_remote_code=False, dtype=torch.float64
-    )
+    with without_loading_bar():
+        theirs, info = AutoModelForCausalLM.from_pretrained(
+            folder, output_loading_info=True, local_files_only=True, trust_remote_code=False, dtype=torch.float64
+        )
     theirs.eval()
     _check_keys(folder, info)
     ours = load_model(checkpoint, rounded_to=dtype, dtype=torch.float64)

@@ -123,9 +123,11 @@ class _Builder:
             if kept:
                 self._store(split, split, self.source(split, split, kept, wanted[split], blended=len(words) > 1))
             elif split != "test":
+                off = ", or turn evaluation off with --eval-interval 0" if split == "valid" else ""
                 raise DataError(
                     f"the {split} split of data_path is empty, and {wanted[split]} samples are needed\n"
-                    f"  split = {split_text!r}; give it a larger share, or a larger corpus"
+                    f"  data.split = {split_text!r} gives shares to training, validation and test\n"
+                    f"  a larger share, as in --split 969,30,1, or a larger corpus{off}"
                 )
 
     def add_groups(self, split: str, texts: tuple[str, ...], wanted: int) -> None:

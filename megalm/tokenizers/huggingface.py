@@ -145,6 +145,8 @@ def _end_of_document(folder: Path, vocabulary: dict[str, int]) -> int | None:
         content = token.get("content") if isinstance(token, dict) else token
         if content is None:
             continue
+        if not isinstance(content, str):
+            raise DataError(f"{path}: eos_token is {content!r}, and one token can end documents\n  name it by its text")
         if content not in vocabulary:
             raise DataError(f"{path} names eos_token {content!r}, which {folder / 'tokenizer.json'} does not hold")
         return vocabulary[content]

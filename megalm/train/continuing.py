@@ -21,7 +21,8 @@ def compare(
     output = config.output
     stored = read_config(path)
     if stored is None:
-        warn(f"{path} does not say how it was trained: the schedule of this run is followed")
+        if not output.finetune:
+            warn(f"{path} does not say how it was trained: the schedule of this run is followed")
         return []
     found = differences(stored, config)
     for difference in found:

@@ -34,6 +34,14 @@ def open_datasets(
     )
 
 
+def total_steps(config: Config, *, dp_size: int) -> int:
+    """Steps of the whole run."""
+    training = config.training
+    if training.train_samples is None:
+        return training.train_iters or 0
+    return BatchSize.from_config(training, dp_size=dp_size).steps_for(training.train_samples)
+
+
 def samples_of_steps(config: Config, first: int, last: int, *, dp_size: int) -> Iterator[tuple[int, range]]:
     """(step, its sample numbers) of steps `first` to `last`, counted from 1, through any ramp-up of the batch.
 

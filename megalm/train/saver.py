@@ -152,7 +152,7 @@ class Saver:
             )
         except CheckpointError as error:
             if not output.allow_fresh_start:
-                raise
+                raise CheckpointError(f"{error}, or start from step 0 with --allow-fresh-start") from error
             self.console.warning(f"{error}\n  --allow-fresh-start was given: starting from step 0")
             return TrainState()
         changed = compare(self.config, path, info=self.console.info, warn=self.console.warning)
@@ -170,7 +170,7 @@ class Saver:
         state = _progress(loaded.state, output)
         if state.consumed_samples > 0:
             self._compare_order(path, loaded.state.get(SAMPLE_ORDER), changed)
-        self.saved_step = state.step if output.save is not None and output.save == output.load else -1
+        self.saved_step = state.step if _is_in(path, output.save) else -1
         self.console.info(
             f"continuing from {path}: step {state.step}, {state.consumed_samples} samples consumed; {costs[-1]}, "
             f"loaded in {time.monotonic() - started:.2f} s"
@@ -197,6 +197,11 @@ class Saver:
             "whole run asks for pass through a corpus\n"
             "  give the stored values, or pass --allow-changed-sample-order"
         )
+
+
+def _is_in(checkpoint: Path, folder: str | None) -> bool:
+    """Whether a checkpoint is one of those in `folder`, however that is spelled."""
+    return folder is not None and checkpoint.resolve().parent == Path(folder).resolve()
 
 
 def _progress(stored: dict[str, object], output: OutputConfig) -> TrainState:

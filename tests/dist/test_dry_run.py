@@ -81,6 +81,18 @@ def test_a_checkpoint_is_evaluated_whatever_schedule_it_was_trained_with(tmp_pat
     assert outcomes[0] == {"train": (0, ""), "evaluate": (0, "")}
 
 
+def test_a_step_that_is_in_the_folder_is_not_written_again(tmp_path: Path) -> None:
+    data = ["--data-path", write_corpus(tmp_path), "--train-iters", "5"]
+    save = ["--save", str(tmp_path / "run")]
+    load = ["--load", str(tmp_path / "run" / "global_step5"), "--save", f"{tmp_path}/./run/"]
+    run_ranks(run_each, 1, {"train": [*data, *save]})
+    before = (tmp_path / "run" / "global_step5").stat()
+    (outcomes,) = run_ranks(run_each, 1, {"again": [*data, *load]})
+    assert outcomes == {"again": (0, "")}
+    after = (tmp_path / "run" / "global_step5").stat()
+    assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+
+
 def test_a_kill_switch_that_is_there_already_stops_before_the_first_step(tmp_path: Path) -> None:
     data = ["--data-path", write_corpus(tmp_path)]
     (tmp_path / "stop").touch()

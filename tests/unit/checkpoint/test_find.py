@@ -78,7 +78,14 @@ def test_nothing_valid_is_an_error_that_names_everything(folder: Path) -> None:
         find_checkpoint(folder)
     for step in (5, 10, 15):
         assert f"global_step{step}/b.pt is missing" in str(caught.value)
-    assert "--allow-fresh-start" in str(caught.value)
+    assert str(caught.value).endswith("give the folder that a run saved to")
+
+
+def test_a_hugging_face_folder_is_told_from_a_damaged_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "manifest.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"it is a Hugging Face folder, of which tools/import_hf\.py makes"):
+        find_checkpoint(tmp_path)
 
 
 def test_a_missing_folder_is_an_error(tmp_path: Path) -> None:

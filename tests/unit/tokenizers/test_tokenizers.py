@@ -139,11 +139,16 @@ def no_eos(folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text('{"eos_token": "<nowhere>"}')
 
 
+def two_ends(folder: Path) -> None:
+    (folder / "tokenizer_config.json").write_text('{"eos_token": ["<a>", "<b>"]}')
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
         (broken_json, "is no tokenizer that the tokenizers library reads"),
         (no_eos, "names eos_token '<nowhere>'"),
+        (two_ends, "eos_token is .*, and one token can end documents"),
         (lambda folder: (folder / "tokenizer.json").unlink(), "holds no tokenizer.json; it holds"),
     ],
 )

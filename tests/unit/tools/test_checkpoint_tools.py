@@ -35,12 +35,16 @@ def test_export_with_proof_then_generate_from_both_sides(run_folder: Path, capsy
     assert "verified: logits of 128 tokens equal transformers' to" in said
     assert " continues " in said
     assert all(len(line) < 250 and "[" not in line for line in said.splitlines())
+    assert "MB of weights in 1 file, " in said
     texts = []
     for folder in (run_folder, out):
         assert generate.main(["--load", str(folder), "--prompt", PROMPT, "--max-new-tokens", "8"]) == 0
         texts.append(capsys.readouterr().out)
     assert texts[0] == texts[1]
     assert texts[0].startswith(PROMPT)
+    assert "Loading" not in capsys.readouterr().err
+    assert generate.main(["--load", str(out), "--prompt", PROMPT, "--step", "3"]) == 2
+    assert "--step 3 has no meaning for the Hugging Face folder" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -98,6 +102,7 @@ def test_an_export_loads_with_its_tokenizer(run_folder: Path) -> None:
         (["--load", "{run}/nowhere"], "is not a folder"),
         (["--load", "{run}", "--step", "4"], "no checkpoint of step 4; there are 3"),
         (["--load", "{run}", "--max-shard-size", "big"], "give a size such as 5GB"),
+        (["--load", "{run}", "--max-shard-size", "0"], "give a size such as 5GB"),
         (["--load", "{run}", "--tokenizer-name-or-path", "{run}"], "tokenizer"),
     ],
 )
@@ -156,7 +161,10 @@ def test_import_convert_and_inspect_agree_about_every_tensor(
     pytest.importorskip("transformers")
     base = run_folder.parent
     assert export_hf.main(["--load", str(run_folder), "--save", str(base / "hf")]) == 0
-    assert import_hf.main(["--model", str(base / "hf"), "--save", str(base / "imported")]) == 0
+    imported = ["--model", str(base / "hf"), "--save", str(base / "imported")]
+    assert import_hf.main([*imported, "--pipeline-model-parallel-size", "100"]) == 5
+    assert "--pipeline-model-parallel-size 100 must be 1 to the" in capsys.readouterr().err
+    assert import_hf.main(imported) == 0
     arguments = ["--load", str(base / "imported"), "--save", str(base / "converted")]
     # 257 ids pad to 264 rows, which 4 and 2 divide.
     assert convert_checkpoint.main([*arguments, "--tensor-model-parallel-size", "4"]) == 0

@@ -323,6 +323,8 @@ def test_sidecar_records_sources_tokenizer_flags_counts_and_seconds(work: Path) 
         ("merge_datasets.py", "--input {w}/none --output-prefix {w}/x", 3, "no corpus at"),
         ("inspect_dataset.py", "{w}/none", 3, "no corpus at"),
         ("inspect_dataset.py", "{w}/all_text_document --document 120", 3, "0 to 119"),
+        ("inspect_dataset.py", "{w}/all_text_document --samples -1", 2, "--samples -1 must not be negative"),
+        ("inspect_dataset.py", "{w}/all_text_document --max-tokens -5", 2, "--max-tokens -5 must not be negative"),
     ],
 )
 def test_mistakes_end_with_a_paragraph_and_an_exit_code(

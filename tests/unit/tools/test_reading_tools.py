@@ -79,6 +79,8 @@ def test_tracing_shows_document_offset_and_text_of_every_piece(
     [
         (["--steps", "0"], "--steps 0 must fit 1 <= FIRST"),
         (["--steps", "5:3"], "must fit"),
+        (["--steps", "21"], "goes past the last step of this run, 20"),
+        (["--samples", "0", "--max-tokens", "-1"], "--max-tokens -1 must not be negative"),
         (["--samples", "x"], "neither a number nor"),
         (["--samples", "999999"], "sample 999999 does not exist"),
         (["--steps", "1", "--metrics-path", "none.jsonl"], "there is no metrics file"),
