@@ -7,6 +7,10 @@
 # On one Hopper GPU all of it takes about 20 minutes; PARTS="tests kernels small large" chooses among the parts.
 # PARTS=marks times the trainer beside each peer where docs/performance.md compares them, in about 7 minutes.
 set -uo pipefail
+case ${1:-} in
+    -h | --help) sed -n '2,8s/^# \{0,1\}//p' "$0"; exit 0 ;;
+    -*) echo "unknown argument $1; see: bash benchmarks/all.sh --help" >&2; exit 2 ;;
+esac
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/environment.sh
 folder=${1:-runs/performance}

@@ -23,9 +23,9 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--picture", type=Path)
     parser.add_argument("--table", type=Path)
     options = parser.parse_args(arguments)
-    steps = [json.loads(path.read_text()) for path in sorted(options.folder.glob("step-*.json"))]
+    steps = [_read(path) for path in sorted(options.folder.glob("step-*.json"))]
     kernels_path = options.folder / "kernels.json"
-    kernels = json.loads(kernels_path.read_text()) if kernels_path.exists() else None
+    kernels = _read(kernels_path) if kernels_path.exists() else None
     if not steps and kernels is None:
         print(f"{options.folder} holds no results; run benchmarks/all.sh {options.folder}", file=sys.stderr)
         return 1
@@ -39,15 +39,24 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        sys.exit(f"{path} is no result of a benchmark ({error}); run it again")
+    return found
+
+
 def step_table(found: dict[str, Any]) -> str:
     """Tokens per second of every side and the trainer's speed over it, a row for each micro-batch."""
-    lines = [f"{found['model']}: {_where(found)}", ""]
+    more = " ".join(found.get("overrides", ()))
+    lines = [f"{found['model']}{' with ' + more if more else ''}: {_where(found)}", ""]
     lines += ["| side | micro-batch | tokens/s | peak GiB | trainer's speed over it |", "|---|---|---|---|---|"]
     speeds = _speeds(found)
     for result in found["results"]:
         side, size = result["side"], result["micro_batch_size"]
         if not result["seconds"]:
-            lines.append(f"| {side} | {size} | {result['failure'].splitlines()[0]} | | |")
+            lines.append(f"| {side} | {size} | {(result['failure'].splitlines() or ['no steps'])[-1]} | | |")
             continue
         ours = speeds.get(("megalm", size))
         ratio = f"{ours / speeds[side, size]:.2f}" if ours else ""
@@ -101,6 +110,7 @@ def _draw_steps(panel: Any, found: dict[str, Any]) -> None:
     panel.set_xticks(range(len(sizes)), [f"micro-batch {size}" for size in sizes])
     panel.set_ylabel("tokens/s")
     panel.set_title(found["model"], fontsize=10)
+    panel.set_ylim(top=1.25 * max([0.0, *speeds.values()]) or 1.0)  # room for the legend
     panel.legend(fontsize=8)
 
 

@@ -54,6 +54,11 @@ def main(arguments: list[str]) -> int:
             "rows": [asdict(row) for row in rows],
         }
         Path(options.json).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    if not rows:
+        print(
+            f"no operation's name contains {' or '.join(options.only)}; without --only all are compared",
+            file=sys.stderr,
+        )
     failed = [row for row in rows if row.failure and row.side.startswith("megalm")]
     return 1 if failed or not rows else 0
 
@@ -119,7 +124,10 @@ def _options(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", default=[], metavar="WORD", help="operations whose name contains a word")
     parser.add_argument("--rounds", type=int, default=20, help="calls whose median counts")
     parser.add_argument("--json", metavar="FILE", help="write the table for benchmarks/draw.py")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if options.rounds < 1:
+        parser.error(f"--rounds {options.rounds} must be at least 1")
+    return options
 
 
 if __name__ == "__main__":

@@ -56,9 +56,13 @@ def compare(options: argparse.Namespace, folder: Path) -> int:
     """Run every side and print the table; 0 if the trainer ran at every micro-batch size."""
     from benchmarks.kernels import versions
     from megalm.config.parse import parse_command_line
+    from megalm.errors import MegalmError
 
     preset = _preset(options.model)
-    config = parse_command_line(["--config", str(preset), *_common_flags(options, folder), *options.overrides])
+    try:
+        config = parse_command_line(["--config", str(preset), *_common_flags(options, folder), *options.overrides])
+    except MegalmError as error:
+        sys.exit(f"{type(error).__name__}: {error}")
     device = options.device if options.device != "auto" else _device()
     print(f"{options.model} on {device}: {config.model.num_layers} layers, hidden {config.model.hidden_size}, "
           f"{config.model.padded_vocab_size} rows, sequences of {config.data.seq_length}, "
@@ -77,7 +81,7 @@ def compare(options: argparse.Namespace, folder: Path) -> int:
         content = {"model": options.model, "device": _device_name(device), "date": time.strftime("%Y-%m-%d"),
                    "versions": versions(("torch", "triton", "deepspeed", "transformers")),
                    "peak_tflops": peak_tflops, "seq_length": config.data.seq_length,
-                   "num_micro_batches": options.num_micro_batches,
+                   "num_micro_batches": options.num_micro_batches, "overrides": options.overrides,
                    "results": [asdict(result) for result in results]}  # fmt: skip
         Path(options.json).write_text(json.dumps(content, indent=1) + "\n")
     return 0 if all(result.seconds for result in results if result.side == "megalm") else 1
@@ -98,7 +102,13 @@ def _options(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--json", help="file that receives all figures")
     parser.add_argument("--logs", help="folder that receives what every side printed, one file a side")
     parser.add_argument("overrides", nargs="*", help="further SECTION.FIELD=VALUE for the trainer")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    for name, least in (("num_micro_batches", 1), ("warmup_steps", 1), ("steps", 1), ("rounds", 1), ("threads", 1)):
+        if getattr(options, name) < least:
+            parser.error(f"--{name.replace('_', '-')} {getattr(options, name)} must be at least {least}")
+    if min(options.micro_batch_sizes or [1]) < 1:
+        parser.error("--micro-batch-sizes must be at least 1")
+    return options
 
 
 def _preset(model: str) -> Path:
@@ -167,6 +177,8 @@ def _run_side(
         out_of_memory = "out of memory" in ended.stderr.lower()
         reason = "out of memory" if out_of_memory else ended.stderr.strip()[-2000:]
         return Result(side, micro_batch_size, failure=reason)
+    for note in (line for line in ended.stderr.splitlines() if line.startswith("plain: ")):
+        print(note, file=sys.stderr)
     if side != "megalm":
         found = json.loads(ended.stdout.strip().splitlines()[-1])
         return Result(side, micro_batch_size, tuple(found["seconds"]), found["peak_bytes"])
@@ -195,7 +207,9 @@ def _print_table(results: list[Result], config: Any, options: argparse.Namespace
     ours = {r.micro_batch_size: statistics.median(r.seconds) for r in results if r.side == "megalm" and r.seconds}
     for result in results:
         if not result.seconds:
-            print(f"| {result.side} | {result.micro_batch_size} | {result.failure} | | | | | | |")
+            said = (result.failure.splitlines() or ["no steps"])[-1]
+            print(f"| {result.side} | {result.micro_batch_size} | {said} | | | | | | |")
+            print(result.failure, file=sys.stderr)
             continue
         second = statistics.median(result.seconds)
         tokens = result.micro_batch_size * options.num_micro_batches * config.data.seq_length / second

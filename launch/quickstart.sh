@@ -3,7 +3,7 @@
 #
 #   bash launch/quickstart.sh [--fast] [--output FOLDER]
 #
-# --fast      the same path in about 2 minutes, with less text and fewer steps
+# --fast      the same path in about a minute, with less text and fewer steps
 # --output    where everything goes (default: runs/quickstart, or runs/quickstart-fast); what was there is replaced
 #
 # Fails unless the validation loss ends at least 1.0 nat below the unigram entropy of the validation tokens

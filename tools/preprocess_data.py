@@ -149,6 +149,7 @@ def run(options: argparse.Namespace) -> None:
 
 def tokenize(job: Job, log_interval: int | None) -> None:
     """Do the work and say what was written."""
+    from megalm.data.indexed import IndexedDataset
     from megalm.data.preprocess import preprocess
     from megalm.data.progress_line import ProgressLine, describe
 
@@ -159,7 +160,10 @@ def tokenize(job: Job, log_interval: int | None) -> None:
         line.close()
     say(describe(done))
     for key in job.recipe.keys:
-        say(f"wrote {job.corpus_prefix(key)}.bin: {done.documents:,} documents, {done.tokens:,} tokens")
+        corpus = IndexedDataset(job.corpus_prefix(key))
+        say(f"wrote {job.corpus_prefix(key)}.bin: {corpus.num_documents:,} documents, {corpus.num_tokens:,} tokens")
+    if done.empty:
+        say(f"{done.empty} empty documents were left out")
     if done.skipped:
         say(f"{done.skipped} lines were skipped; {job.output_prefix}.bad_lines.jsonl lists them")
 

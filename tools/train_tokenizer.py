@@ -17,7 +17,10 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     result = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     result.add_argument(
-        "--input", nargs="+", required=True, help="files, folders or patterns: .jsonl, .json, .txt; .gz"
+        "--input",
+        nargs="+",
+        required=True,
+        help="files, folders or patterns: .jsonl, .json, .txt, each also with .gz or .zst; .parquet",
     )
     result.add_argument("--json-keys", nargs="+", default=["text"], help="keys that hold text (text)")
     result.add_argument("--output", required=True, help="folder to write; for SentencePiece the .model file")

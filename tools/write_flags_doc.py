@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -13,7 +14,10 @@ from megalm.config.flags_doc import flags_markdown
 
 def main(arguments: list[str]) -> int:
     """Write the page and return the exit code."""
-    target = Path(arguments[0]) if arguments else Path(__file__).resolve().parent.parent / "docs" / "flags.md"
+    default = Path(__file__).resolve().parent.parent / "docs" / "flags.md"
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.add_argument("output", type=Path, nargs="?", default=default, help="file to write (docs/flags.md)")
+    target: Path = parser.parse_args(arguments).output
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(flags_markdown(), encoding="utf-8")
     print(f"wrote {target}")

@@ -7,6 +7,7 @@ read ahead; the corpus is documents of 450 tokens on average, where a sample is 
 
 from __future__ import annotations
 
+import argparse
 import os
 import subprocess
 import sys
@@ -66,4 +67,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     main()

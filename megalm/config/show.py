@@ -73,6 +73,11 @@ def _entry(names: str, doc: str) -> str:
     return "\n".join([f"  {names}".ljust(INDENT) + first, *(indent + line for line in rest)])
 
 
+def num_processes(count: int) -> str:
+    """A number of processes, in words."""
+    return "1 process" if count == 1 else f"{count} processes"
+
+
 def notes(config: Config) -> list[str]:
     """What was resolved rather than asked for; a run logs each line once."""
     found = []
@@ -100,7 +105,7 @@ def dry_run_report(config: Config, *, world_size: int, more: Mapping[str, str] |
     global_batch_size = config.global_batch_size(dp_size=dp_size)
     accumulation = global_batch_size // (training.micro_batch_size * dp_size)
     facts = {
-        "layout": f"{world_size} processes = tp {parallel.tp} x pp {parallel.pp} x dp {dp_size}, "
+        "layout": f"{num_processes(world_size)} = tp {parallel.tp} x pp {parallel.pp} x dp {dp_size}, "
         f"ZeRO-{effective_zero_stage(config)}, recompute {parallel.recompute}",
         "batch": f"{global_batch_size} samples = {training.micro_batch_size} x {accumulation} micro-batches "
         f"x dp {dp_size}, {global_batch_size * config.data.seq_length} tokens",

@@ -47,7 +47,13 @@ def installed_folders() -> list[Path]:
 
 
 def text_files(folders: Sequence[Path]) -> Iterator[tuple[Path, str]]:
-    """Each file of source or documentation below `folders`, with its name relative to them, in a fixed order."""
+    """Each file of source or documentation below `folders`, with its name relative to them, in a fixed order.
+
+    Raises: DataError if one is no folder.
+    """
+    for folder in folders:
+        if not folder.is_dir():
+            raise DataError(f"{folder} is not a folder\n  --folder names one with source or documentation below it")
     for folder in folders:
         for parent, names, files in os.walk(folder):
             names[:] = sorted(name for name in names if name not in SKIPPED_FOLDERS)

@@ -153,7 +153,7 @@ def _complete_environment_of_one_process() -> None:
 def _keep_freed_memory() -> None:
     """Have glibc reuse the memory of freed tensors instead of handing it back to Linux, which clears every page again.
 
-    A step frees and takes the same large tensors over and over: 9 % of the quickstart's step (docs/performance.md).
+    A step frees and takes the same large tensors over and over: 9 % of the quickstart's step (docs/log.md).
     """
     mmap_threshold, trim_threshold = -3, -1  # names of mallopt(3), and the largest threshold that glibc takes
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)

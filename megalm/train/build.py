@@ -16,7 +16,7 @@ from torch import nn
 from megalm.config.checks import check
 from megalm.config.deepspeed_json import deepspeed_json, effective_zero_stage, engine_clips
 from megalm.config.root import Config
-from megalm.config.show import dry_run_report, notes
+from megalm.config.show import dry_run_report, notes, num_processes
 from megalm.data.batches import Batch
 from megalm.data.build import Datasets, build_datasets
 from megalm.data.loader import batch_iterator
@@ -197,7 +197,7 @@ def _summary(plan: Plan, topology: Topology) -> str:
     config, sizes = plan.config, topology.layout
     parameters = parameter_count(config.model, seq_length=config.data.seq_length)
     return (
-        f"{parameters:,} parameters in {config.training.dtype} on {topology.world.size} processes "
+        f"{parameters:,} parameters in {config.training.dtype} on {num_processes(topology.world.size)} "
         f"= tp {sizes.tp} x pp {sizes.pp} x dp {sizes.dp} ({topology.device.type})"
     )
 

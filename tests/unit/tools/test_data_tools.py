@@ -322,6 +322,7 @@ def test_sidecar_records_sources_tokenizer_flags_counts_and_seconds(work: Path) 
         ("train_tokenizer.py", "--input {w}/all.jsonl --vocab-size 300 --output {w}/tok", 3, "exists already"),
         ("merge_datasets.py", "--input {w}/none --output-prefix {w}/x", 3, "no corpus at"),
         ("inspect_dataset.py", "{w}/none", 3, "no corpus at"),
+        ("gather_corpus.py", "--output {w}/x --folder {w}/none", 3, "none is not a folder"),
         ("inspect_dataset.py", "{w}/all_text_document --document 120", 3, "0 to 119"),
         ("inspect_dataset.py", "{w}/all_text_document --samples -1", 2, "--samples -1 must not be negative"),
         ("inspect_dataset.py", "{w}/all_text_document --max-tokens -5", 2, "--max-tokens -5 must not be negative"),
