@@ -15,6 +15,12 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/environment.sh
 folder=${1:-runs/performance}
 parts=${PARTS:-${KERNEL_TESTS:+tests} kernels small large}
+for part in $parts; do
+    case $part in
+        tests | kernels | small | large | marks) ;;
+        *) echo "no part named $part: tests, kernels, small, large, marks" >&2; exit 2 ;;
+    esac
+done
 mkdir -p "$folder"
 failed=0
 
@@ -61,7 +67,6 @@ for part in $parts; do
             mark 1b7-largest bloom-1b7 --peer plain-compile --micro-batch-sizes 16 20 --num-micro-batches 2 "${few[@]}" \
                 parallel.recompute=activation
             ;;
-        *) echo "no part named $part: tests, kernels, small, large, marks" >&2; exit 2 ;;
     esac
 done
 "$python" benchmarks/draw.py "$folder" --picture "$folder/performance.png" --table "$folder/performance.md"

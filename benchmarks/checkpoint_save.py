@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """How long a step waits for a save, synchronous and in the background, and what hashing costs a load.
 
-    python benchmarks/checkpoint_save.py [--hidden-size 512] [--num-layers 4] [--tp 2] [--pp 2]
+    python benchmarks/checkpoint_save.py [--hidden-size 192] [--num-layers 4] [--tp 2] [--pp 2]
 
 Prints one line a figure: medians over --repeats saves of the same run on this machine.
 """
@@ -66,6 +66,8 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--folder", help="where to save; default: a temporary folder")
     given = parser.parse_args(arguments)
+    if min(given.repeats, given.tp, given.pp, given.num_layers, given.hidden_size) < 1:
+        parser.error("sizes and --repeats must be at least 1")
     options = {name: getattr(given, name) for name in ("hidden_size", "num_layers", "vocab_size", "tp", "pp")}
     with tempfile.TemporaryDirectory(dir=given.folder) as folder:
         found = run_ranks(measure, given.tp * given.pp, folder, options, given.repeats, timeout=900.0)[0]

@@ -13,6 +13,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.train_step import told
+
 COLOURS = {"megalm": "#4c78a8", "plain-compile": "#f58518", "transformers": "#e45756"}
 OTHERS = ("#54a24b", "#b279a2", "#72b7b2", "#9d755d", "#bab0ac", "#eeca3b")
 
@@ -32,8 +36,10 @@ def main(arguments: list[str]) -> int:
     text = "\n".join([*(step_table(found) for found in steps), *([kernel_table(kernels)] if kernels else [])])
     print(text)
     if options.table:
+        options.table.parent.mkdir(parents=True, exist_ok=True)
         options.table.write_text(text)
     if options.picture:
+        options.picture.parent.mkdir(parents=True, exist_ok=True)
         draw(steps, kernels, options.picture)
         print(f"drew {options.picture}")
     return 0
@@ -56,7 +62,7 @@ def step_table(found: dict[str, Any]) -> str:
     for result in found["results"]:
         side, size = result["side"], result["micro_batch_size"]
         if not result["seconds"]:
-            lines.append(f"| {side} | {size} | {(result['failure'].splitlines() or ['no steps'])[-1]} | | |")
+            lines.append(f"| {side} | {size} | {told(result['failure'])} | | |")
             continue
         ours = speeds.get(("megalm", size))
         ratio = f"{ours / speeds[side, size]:.2f}" if ours else ""

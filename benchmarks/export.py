@@ -75,6 +75,10 @@ def main(arguments: list[str]) -> int:
     )
     parser.add_argument("--folder", help="where to write; default: a temporary folder")
     given = parser.parse_args(arguments)
+    if given.repeats < 1 or given.num_layers < 1 or given.hidden_size < 1 or given.hidden_size % 16:
+        parser.error("--hidden-size must be a multiple of its 16 heads, --num-layers and --repeats at least 1")
+    if given.tp < 1 or 16 % given.tp:
+        parser.error(f"--tp {given.tp} must divide the 16 heads")
     bloom = given.family == "bloom"
     model = ModelConfig(
         num_layers=given.num_layers,

@@ -125,6 +125,10 @@ def _options(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=20, help="calls whose median counts")
     parser.add_argument("--json", metavar="FILE", help="write the table for benchmarks/draw.py")
     options = parser.parse_args(arguments)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no GPU")
+    if options.json:
+        Path(options.json).parent.mkdir(parents=True, exist_ok=True)
     if options.rounds < 1:
         parser.error(f"--rounds {options.rounds} must be at least 1")
     return options

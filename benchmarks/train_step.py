@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -63,6 +64,8 @@ def compare(options: argparse.Namespace, folder: Path) -> int:
         config = parse_command_line(["--config", str(preset), *_common_flags(options, folder), *options.overrides])
     except MegalmError as error:
         sys.exit(f"{type(error).__name__}: {error}")
+    if options.peer and config.training.dtype == "fp16":
+        sys.exit("the peers train in fp32 and bf16, as they scale no loss: leave out --peer or training.dtype=fp16")
     device = options.device if options.device != "auto" else _device()
     print(f"{options.model} on {device}: {config.model.num_layers} layers, hidden {config.model.hidden_size}, "
           f"{config.model.padded_vocab_size} rows, sequences of {config.data.seq_length}, "
@@ -78,6 +81,7 @@ def compare(options: argparse.Namespace, folder: Path) -> int:
         results += [_joined(found) for found in turns.values()]
     _print_table(results, config, options, peak_tflops)
     if options.json:
+        Path(options.json).parent.mkdir(parents=True, exist_ok=True)
         content = {"model": options.model, "device": _device_name(device), "date": time.strftime("%Y-%m-%d"),
                    "versions": versions(("torch", "triton", "deepspeed", "transformers")),
                    "peak_tflops": peak_tflops, "seq_length": config.data.seq_length,
@@ -177,11 +181,9 @@ def _run_side(
         out_of_memory = "out of memory" in ended.stderr.lower()
         reason = "out of memory" if out_of_memory else ended.stderr.strip()[-2000:]
         return Result(side, micro_batch_size, failure=reason)
-    for note in (line for line in ended.stderr.splitlines() if line.startswith("plain: ")):
-        print(note, file=sys.stderr)
     if side != "megalm":
         found = json.loads(ended.stdout.strip().splitlines()[-1])
-        return Result(side, micro_batch_size, tuple(found["seconds"]), found["peak_bytes"])
+        return Result(found.get("side", side), micro_batch_size, tuple(found["seconds"]), found["peak_bytes"])
     lines = [json.loads(line) for line in metrics.read_text().splitlines()]
     steps = [line for line in lines if line["kind"] == "train"][options.warmup_steps :]
     peak = max(line.get("peak_memory_bytes") or 0 for line in steps)
@@ -189,12 +191,14 @@ def _run_side(
 
 
 def _joined(turns: list[Result]) -> Result:
-    failures = [turn.failure for turn in turns if turn.failure]
-    seconds = tuple(second for turn in turns for second in turn.seconds)
+    """One result of all rounds of a side; it is a failure if one of them was."""
+    failures = [turn.failure or "no steps" for turn in turns if not turn.seconds]
     first = turns[0]
-    return Result(
-        first.side, first.micro_batch_size, seconds, max(t.peak_bytes for t in turns), failures[0] if failures else ""
-    )
+    if failures:
+        of = f"{len(failures)} of {len(turns)} rounds failed: " if len(turns) > 1 else ""
+        return Result(first.side, first.micro_batch_size, failure=of + failures[0])
+    seconds = tuple(second for turn in turns for second in turn.seconds)
+    return Result(first.side, first.micro_batch_size, seconds, max(turn.peak_bytes for turn in turns))
 
 
 def _print_table(results: list[Result], config: Any, options: argparse.Namespace, peak_tflops: float) -> None:
@@ -202,13 +206,13 @@ def _print_table(results: list[Result], config: Any, options: argparse.Namespace
 
     halved = flops_per_token(config.model, seq_length=config.data.seq_length)
     full = flops_per_token(config.model, seq_length=config.data.seq_length, causal=False)
-    print(f"\n| side | micro-batch | ms a step | tokens/s | TFLOP/s | MFU of {peak_tflops:.3g} | with full attention "
-          "| peak GiB | trainer's tokens/s over it |\n|---|---|---|---|---|---|---|---|---|")  # fmt: skip
+    print(f"\n| side | micro-batch | ms a step | tokens/s | TFLOP/s | MFU of {peak_tflops:.3g} TFLOP/s "
+          "| with full attention | peak GiB | trainer's tokens/s over it |\n|---|---|---|---|---|---|---|---|---|"
+          )  # fmt: skip
     ours = {r.micro_batch_size: statistics.median(r.seconds) for r in results if r.side == "megalm" and r.seconds}
     for result in results:
         if not result.seconds:
-            said = (result.failure.splitlines() or ["no steps"])[-1]
-            print(f"| {result.side} | {result.micro_batch_size} | {said} | | | | | | |")
+            print(f"| {result.side} | {result.micro_batch_size} | {told(result.failure)} | | | | | | |")
             print(result.failure, file=sys.stderr)
             continue
         second = statistics.median(result.seconds)
@@ -219,6 +223,12 @@ def _print_table(results: list[Result], config: Any, options: argparse.Namespace
             f"| {tokens * halved / 1e12:.3g} | {tokens * halved / 1e12 / peak_tflops:.1%} "
             f"| {tokens * full / 1e12 / peak_tflops:.1%} | {result.peak_bytes / 2**30:.2f} | {ratio:.2f} |"
         )
+
+
+def told(failure: str) -> str:
+    """The line of what a process wrote that names its error."""
+    lines = failure.splitlines() or ["no steps"]
+    return next((line for line in lines if re.match(r"[\w.]*(Error|Exception)\b", line)), lines[-1])
 
 
 def _device() -> str:

@@ -49,7 +49,8 @@ def run(options: argparse.Namespace) -> int:
     print(f"time in steps         {summary.step_seconds:.0f} s, {summary.tokens_per_second:,.0f} tokens/s")
     print(f"waited for data       {summary.data_seconds:.2f} s, {summary.data_share:.2%} of the steps")
     for resume in summary.resumes:
-        print(f"resumed at step       {resume.step}: training loss {_pair(resume.loss_before, resume.loss_after)}")
+        before, after = _loss(resume.loss_before), _loss(resume.loss_after)
+        print(f"resumed at step       {resume.step}: training loss {before} in it, {after} on the next samples")
     print(f"last training loss    {summary.train_loss:.4f} nats per token")
     for name, valid in summary.validation.items():
         print(f"{name + ' loss':<22}{valid.loss:.4f} nats per token at step {valid.step}")
@@ -76,9 +77,8 @@ def main(arguments: list[str]) -> int:
         return error.exit_code
 
 
-def _pair(before: float | None, after: float | None) -> str:
-    words = ["not logged" if loss is None else f"{loss:.4f}" for loss in (before, after)]
-    return f"{words[0]} before, {words[1]} after"
+def _loss(loss: float | None) -> str:
+    return "not logged" if loss is None else f"{loss:.4f}"
 
 
 if __name__ == "__main__":

@@ -46,6 +46,8 @@ def main() -> None:
     parser.add_argument("--corpora", type=int, default=2_000)
     parser.add_argument("--samples", type=int, default=1_000_000)
     options = parser.parse_args()
+    if min(options.corpora, options.samples) < 1:
+        parser.error("--corpora and --samples must be at least 1")
     resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))
     weights = np.random.default_rng(0).lognormal(0, 1, options.corpora).tolist()
     with tempfile.TemporaryDirectory() as folder:
@@ -74,5 +76,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     main()

@@ -64,7 +64,7 @@ def run_batches(source: Path, tokenizer: str, output: Path, workers: int) -> Non
 
     from megalm.tokenizers.huggingface import HuggingFaceTokenizer
 
-    os.environ["RAYON_NUM_THREADS"] = str(workers)
+    os.environ.update(RAYON_NUM_THREADS=str(workers), TOKENIZERS_PARALLELISM="true")
     found = HuggingFaceTokenizer(tokenizer)
     with source.open(encoding="utf-8") as lines, output.open("wb") as out:
         for batch in batches(lines, 256):
@@ -107,6 +107,9 @@ def main() -> None:
     parser.add_argument("--tokenizer", required=True, help="Hugging Face folder")
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2], help="processes (1 2)")
     options = parser.parse_args()
+    for name, path in (("--input", options.input), ("--tokenizer", Path(options.tokenizer))):
+        if not path.exists():
+            parser.error(f"{name} {path} does not exist")
     size = options.input.stat().st_size
     ways: dict[str, Callable[[Path, str, Path, int], None]] = {
         "imap, as BigScience": run_imap,
@@ -124,6 +127,8 @@ def main() -> None:
                     )
                     process.start()
                     process.join()
+                    if process.exitcode != 0:
+                        raise SystemExit(f"{name} failed; its trace is above")
                 contents.add(output.read_bytes())
         print("all outputs have the same ids" if len(contents) == 1 else "THE OUTPUTS DIFFER")
 

@@ -112,6 +112,10 @@ def main() -> None:
     parser.add_argument("--quiet", type=float, default=0.0, help="seconds to wait for an idle machine before each run")
     parser.add_argument("--limit", action="store_true", help="measure the parent alone; --input may be a folder")
     options = parser.parse_args()
+    if not options.input.exists():
+        parser.error(f"--input {options.input} does not exist")
+    if options.tokenizer is None and not options.limit:
+        parser.error("--tokenizer is needed without --limit")
     if options.limit:
         with tempfile.TemporaryDirectory() as folder:
             for workers in options.workers:

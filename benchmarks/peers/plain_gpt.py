@@ -2,7 +2,8 @@
 
 Learned positions, tied head, fused qkv, scaled_dot_product_attention (flash), GELU, torch.compile over the whole model
 with the loss inside, fused AdamW, weights and moments in the training dtype. No fp32 masters, no ALiBi, no embedding
-LayerNorm: it does less than the trainer it is held against. Without a C compiler it runs uncompiled and says so.
+LayerNorm: it does less than the trainer it is held against. On a CPU without a C++ compiler it runs uncompiled, under a
+name that says so.
 """
 
 from __future__ import annotations
@@ -66,12 +67,12 @@ def main() -> None:
     shape = read_shape()
     with torch.device(shape.device):
         model = PlainGPT(shape).to(shape.torch_dtype)
-    forward = model
+    forward, side = model, "plain-compile"
     if shape.device == "cuda" or shutil.which("g++"):
         forward = torch.compile(model)
     else:
-        print("plain: no C++ compiler for torch.compile on this CPU; running uncompiled", file=sys.stderr)
-    train(shape, list(model.parameters()), forward, fused=True)
+        side = "plain, uncompiled for want of g++"
+    train(shape, list(model.parameters()), forward, fused=True, side=side)
 
 
 if __name__ == "__main__":

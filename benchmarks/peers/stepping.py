@@ -58,9 +58,17 @@ def random_batches(shape: Shape) -> list[tuple[Tensor, Tensor]]:
 
 
 def train(
-    shape: Shape, parameters: list[torch.nn.Parameter], loss_of: Callable[[Tensor, Tensor], Tensor], *, fused: bool
+    shape: Shape,
+    parameters: list[torch.nn.Parameter],
+    loss_of: Callable[[Tensor, Tensor], Tensor],
+    *,
+    fused: bool,
+    side: str | None = None,
 ) -> None:
-    """AdamW steps of several micro-batches with gradients clipped to norm 1; prints the result as one JSON line."""
+    """AdamW steps of several micro-batches with gradients clipped to norm 1; prints the result as one JSON line.
+
+    `side` names what ran where that is not what was asked for.
+    """
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=fused)
     batches = random_batches(shape)
     synchronize = torch.cuda.synchronize if shape.device == "cuda" else lambda: None
@@ -83,4 +91,5 @@ def train(
         peak_bytes = torch.cuda.max_memory_allocated()
     else:
         peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(json.dumps({"seconds": seconds[shape.warmup_steps :], "peak_bytes": peak_bytes, "loss": last_loss}))
+    result = {"seconds": seconds[shape.warmup_steps :], "peak_bytes": peak_bytes, "loss": last_loss}
+    print(json.dumps(result if side is None else {**result, "side": side}))

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from megalm.config.checks import divisors, origins
 from megalm.config.failures import Failure
 from megalm.config.root import Config
+from megalm.config.show import num_processes
 
 
 def layout_failures(config: Config, *, world_size: int, device_type: str, vocab_size: int | None) -> list[Failure]:
@@ -72,7 +73,7 @@ def _world(config: Config, world_size: int) -> Iterator[Failure]:
             if world_size % (t * p) == 0
         ]
         yield Failure(
-            f"parallel.tp * parallel.pp = {tp} * {pp} must divide the {world_size} processes",
+            f"parallel.tp * parallel.pp = {tp} * {pp} must divide the {num_processes(world_size)}",
             origins(config, "parallel.tp", "parallel.pp"),
             f"start a multiple of {tp * pp} processes, or tp x pp of: {', '.join(pairs[:16])}",
         )

@@ -63,8 +63,8 @@ def test_replicas_stay_equal_and_a_flipped_bit_is_found(figures: Figures, clean_
         "--lr-decay-iters",
         "200",
     ]
-    outcomes = run_ranks(train_then_flip, 4, flags, 200)
     with figures.count("B3", "one flipped bit in one replica, after 200 clipped steps on TP2 x DP2") as count:
+        outcomes = run_ranks(train_then_flip, 4, flags, 200)
         for outcome in outcomes:
             assert outcome["before"] == outcome["after"] == [[]]
         for flip in range(FLIPS):

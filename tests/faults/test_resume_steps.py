@@ -41,10 +41,10 @@ def test_resuming_at_any_step_is_bit_identical(
 ) -> None:
     clean = clean_runs.of(replace(TP2, interval=1, steps=64))
     steps = list(range(1, 61)) if full else list(range(3, 61, 6))
-    outcomes = run_ranks(
-        continue_from_each, 2, clean.command(tmp_path), steps, str(clean.folder), str(tmp_path), timeout=600.0
-    )
     with figures.count("B1", "resumed at one step after another: losses and the next checkpoint") as count:
+        outcomes = run_ranks(
+            continue_from_each, 2, clean.command(tmp_path), steps, str(clean.folder), str(tmp_path), timeout=600.0
+        )
         for first in steps:
             with count.case(f"step {first}"):
                 expected = [clean.losses[step] for step in range(first + 1, first + 1 + STEPS_AFTER)]
