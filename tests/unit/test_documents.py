@@ -21,10 +21,13 @@ TOP_LEVEL = ("megalm", "tools", "configs", "launch", "tests", "docs", "benchmark
 
 
 def commands(document: Path) -> list[str]:
-    """The commands of the bash blocks, lines joined, comments left out."""
-    blocks = re.findall(r"^```bash\n(.*?)^```", document.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+    """The commands of the bash blocks, lines joined, comments left out, and those within a sentence."""
+    text = document.read_text(encoding="utf-8")
+    spans = re.findall(r"`(?:\w+=\w+ )*(python (?:tools|benchmarks)/[^`\n]+)`", text)
+    blocks = re.findall(r"^```bash\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
     joined = "".join(blocks).replace("\\\n", " ")
-    return [shlex.join(words) for line in joined.splitlines() if (words := shlex.split(line, comments=True))]
+    lines = [*joined.splitlines(), *spans]
+    return [shlex.join(words) for line in lines if (words := shlex.split(line, comments=True))]
 
 
 @functools.cache
@@ -56,9 +59,9 @@ def test_commands_name_programs_and_options_that_exist(document: Path) -> None:
     for command in commands(document):
         words = shlex.split(command)
         program = words[1] if words[0] in {"python", "bash"} else words[0]
-        if program.startswith(("tools/", "launch/", "tests/")):
+        if program.startswith(("tools/", "launch/", "tests/", "benchmarks/")):
             assert (ROOT / program).is_file(), command
-        if program.startswith("tools/"):
+        if program.startswith(("tools/", "benchmarks/")) and program.endswith(".py"):
             unknown = [word for word in words if word.startswith("--") and word not in tool_help(program)]
             assert unknown == [], command
 
