@@ -14,7 +14,7 @@ import sys
 
 from megalm.config.parse import HelpRequested, parse_command_line  # neither torch nor DeepSpeed: --help answers at once
 from megalm.errors import MegalmError
-from megalm.topology.start import leave, report_failure, report_interruption
+from megalm.topology.start import leave, name_device_to_deepspeed, report_failure, report_interruption
 
 
 def main(arguments: list[str]) -> int:
@@ -25,6 +25,7 @@ def main(arguments: list[str]) -> int:
         print(request.text)
         return 0
 
+    name_device_to_deepspeed()  # before the next line imports it
     from megalm.train.build import prepare, running
     from megalm.train.loop import evaluate_once, train
 

@@ -21,6 +21,8 @@ ORDER_PATHS = (
     "training.seed", "training.train_iters", "training.train_samples", "training.global_batch_size",
     "training.micro_batch_size", "training.rampup_batch_size",
 )  # fmt: skip
+OF_ONE_START = ("output.load",)
+"""What differs whenever a run goes on."""
 DERIVED_PATHS = ("model.ffn_hidden_size", "model.max_position_embeddings", "model.pad_vocab_size_to")
 
 
@@ -54,7 +56,7 @@ def differences(stored: Config, current: Config) -> list[Difference]:
     stored_values, current_values = _effective(stored), _effective(current)
     for path, was in stored_values.items():
         now = current_values[path]
-        if was == now:
+        if was == now or path in OF_ONE_START:
             continue
         unknown_vocab = path == "model.pad_vocab_size_to" and None in (was, now)
         changes_model = path in MODEL_PATHS or (path in DERIVED_PATHS and not unknown_vocab)

@@ -62,6 +62,14 @@ def device_type() -> str:
     return "cuda" if torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR", "cuda") == "cuda" else "cpu"
 
 
+def name_device_to_deepspeed() -> None:
+    """Tell DeepSpeed what `device_type` found, as `launch/` does: left to find it, it warns of a missing GPU.
+
+    To be called before DeepSpeed is imported.
+    """
+    os.environ.setdefault("DS_ACCELERATOR", device_type())
+
+
 def start(launch: Launch, *, tp: int, pp: int, backend: str = "auto", timeout_minutes: float = 30.0) -> Topology:
     """Join the other processes and lay the axes over them.
 
