@@ -25,11 +25,14 @@ NOOPS = (
         "--no-gradient-accumulation-fusion",
         "Gradients of half-precision weights are accumulated in fp32 by the engine.",
     ),
-    noop("--accumulate-allreduce-grads-in-fp32", "bf16 runs always accumulate and reduce gradients in fp32."),
+    noop(
+        "--accumulate-allreduce-grads-in-fp32",
+        "bf16 runs always accumulate gradients in fp32, and with ZeRO-0 and ZeRO-1 reduce them in it.",
+    ),
     noop("--no-async-tensor-model-parallel-allreduce", "There is one result, asynchronous or not."),
     noop(
         "--sync-tp-duplicated-parameters",
-        "Replicated parameters start bit-equal and get equal updates, which is checked.",
+        "Replicated parameters start bit-equal and get equal updates, as the tests check.",
     ),
     noop("--log-timers-to-tensorboard", "Step time and throughput are written whenever tensorboard_dir is set."),
     noop(

@@ -114,7 +114,9 @@ class DataParallelTrainingEngine(Engine):
         self.raw.train()
         num_micro_batches = self.raw.gradient_accumulation_steps()
         total = torch.zeros((), device=self._topology.device)
-        for _ in range(num_micro_batches):
+        for number in range(1, num_micro_batches + 1):
+            # By itself DeepSpeed counts micro-batches from the start of the run, and a batch that grows ends elsewhere.
+            self.raw.set_gradient_accumulation_boundary(number == num_micro_batches)
             loss = self._loss(next(batches))
             self.raw.backward(loss)
             self.raw.step()

@@ -10,6 +10,8 @@ import torch.distributed
 from torch import nn
 
 from megalm.config.training import TrainingConfig
+from megalm.errors import ConfigError
+from megalm.topology.agree import exchange
 from megalm.topology.topology import Topology
 
 
@@ -110,6 +112,25 @@ def is_counted_here(parameter: nn.Parameter, topology: Topology) -> bool:
     if getattr(parameter, "ds_pipe_replicated", False):
         return False
     return topology.tp.is_first or bool(getattr(parameter, "tensor_model_parallel", False))
+
+
+def check_groups_of_stages(optimizer: torch.optim.Optimizer, topology: Topology) -> None:
+    """Whether every stage has parameters in the same groups, for optimizers that add up norms group by group.
+
+    DeepSpeed 0.19 leaves out empty groups, and its ZeRO-1 in fp32 and fp16 communicates once for each group: a stage
+    with the head alone, which has no vector, would leave the others waiting.
+
+    Communicates: one all-gather of small objects over the world.
+    Raises: ConfigError, the same on every rank.
+    """
+    of_ranks = exchange((topology.pp.rank, [bool(group["params"]) for group in optimizer.param_groups]), topology.world)
+    lacking = sorted({stage for stage, groups in of_ranks if not all(groups)})
+    if lacking and any(all(groups) for _, groups in of_ranks):
+        raise ConfigError(
+            f"stage {lacking[0]} holds matrices or vectors alone, which ZeRO-1 in fp32 and fp16 cannot update\n"
+            "  parallel.pipeline_partition deals the layers, set by --pp-partition-method\n"
+            "  uniform, parameters, another --pipeline-model-parallel-size, --zero-stage 0 in fp32, or --bf16"
+        )
 
 
 def build_optimizer(

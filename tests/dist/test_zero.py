@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from tests.dist.test_bad_input import run_program
 from tests.dist.test_layouts import RELATIVE, assert_same_training
 from tests.support.ranks import run_ranks
 from tests.support.tiny_run import RankOutcome, train_tiny, write_corpus
@@ -12,6 +13,9 @@ from tests.support.tiny_run import RankOutcome, train_tiny, write_corpus
 pytestmark = pytest.mark.dist
 
 TP2 = ["--tensor-model-parallel-size", "2"]
+# Steps of one, two and three micro-batches a replica of two; nothing of the tiny run's schedule, which counts steps.
+GROWING = ["--rampup-batch-size", "4", "4", "24", "--global-batch-size", "12", "training.train_iters=none",
+           "--train-samples", "84", "training.lr_warmup_iters=0"]  # fmt: skip
 PP2 = ["--pipeline-model-parallel-size", "2"]
 
 
@@ -23,6 +27,12 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="module")
 def reference(corpus: str) -> RankOutcome:
     (outcome,) = run_ranks(train_tiny, 1, ["--data-path", corpus])
+    return outcome
+
+
+@pytest.fixture(scope="module")
+def growing_reference(corpus: str) -> RankOutcome:
+    (outcome,) = run_ranks(train_tiny, 1, ["--data-path", corpus, *GROWING])
     return outcome
 
 
@@ -132,3 +142,23 @@ def test_sums_of_bf16_gradients_are_averaged_over_replicas_in_fp32(world_size: i
         np.testing.assert_array_equal(averaged, total / np.float32(world_size))
         # bf16 keeps the upper 16 of the 32 bits.
         assert np.any(averaged.view(np.uint32) & 0xFFFF), "the sums went through bf16"
+
+
+@pytest.mark.parametrize("stage, world_size", [("2", 1), ("2", 2), ("3", 2)])
+def test_a_growing_batch_trains_the_same_under_zero(
+    stage: str, world_size: int, corpus: str, growing_reference: RankOutcome
+) -> None:
+    outcomes = run_ranks(train_tiny, world_size, ["--data-path", corpus, *GROWING, "--zero-stage", stage])
+    for outcome in outcomes:
+        np.testing.assert_allclose(outcome.losses, growing_reference.losses, rtol=RELATIVE)
+        np.testing.assert_allclose(outcome.grad_norms, growing_reference.grad_norms, rtol=10 * RELATIVE)
+
+
+def test_a_stage_that_zero1_cannot_update_is_refused(corpus: str) -> None:
+    # Three blocks over three stages leave the head alone in the last, without a bias or a LayerNorm.
+    flags = ["--data-path", corpus, "model.num_layers=3", "--pipeline-model-parallel-size", "3", "--zero-stage", "1"]
+    outcomes = run_ranks(run_program, 3, flags, timeout=60.0)
+    assert [code for code, _ in outcomes] == [2, 2, 2]
+    assert "stage 2 holds matrices or vectors alone" in outcomes[0][1]
+    uniform = [*flags, "--pp-partition-method", "uniform", "--train-iters", "5"]
+    assert [code for code, _ in run_ranks(run_program, 3, uniform, timeout=60.0)] == [0, 0, 0]
