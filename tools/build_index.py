@@ -26,6 +26,8 @@ def main(arguments: list[str]) -> int:
     )
     cut = arguments.index("--") if "--" in arguments else len(arguments)
     options = parser.parse_args(arguments[:cut])
+    if options.data_parallel_size < 1:
+        parser.error(f"--data-parallel-size {options.data_parallel_size} must be at least 1")
     started = time.perf_counter()
     try:
         from megalm.config.parse import parse_command_line

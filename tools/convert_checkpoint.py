@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megalm.errors import CheckpointError, MegalmError
+from megalm.errors import CheckpointError, ConfigError, MegalmError
 
 
 def parser() -> argparse.ArgumentParser:
@@ -45,6 +45,8 @@ def run(options: argparse.Namespace) -> tuple[Path, Path]:
         raise CheckpointError("--to-universal has no layout\n  leave out the parallel sizes")
     if not options.to_universal and sizes[0] is None:
         raise CheckpointError("convert into what?\n  give --tensor-model-parallel-size, or --to-universal")
+    if options.workers < 1:
+        raise ConfigError(f"--workers {options.workers} must be at least 1")
     verifying, writing = ByteLine(sys.stderr, "verifying"), ByteLine(sys.stderr, "writing")
     checkpoint = find_checkpoint(options.load, step=options.step, warn=warn, progress=verifying)
     verifying.close()
@@ -52,16 +54,15 @@ def run(options: argparse.Namespace) -> tuple[Path, Path]:
     def progress(what: str, count: int) -> None:
         writing(count, 0, what)
 
-    workers = max(1, options.workers)
     if options.to_universal:
-        path = write_universal(checkpoint, options.save, num_threads=workers, progress=progress)
+        path = write_universal(checkpoint, options.save, num_threads=options.workers, progress=progress)
     else:
         path = reshape_checkpoint(
             checkpoint,
             options.save,
             tp_size=sizes[0],
             pp_size=1 if sizes[1] is None else sizes[1],
-            num_threads=workers,
+            num_threads=options.workers,
             progress=progress,
         )
     writing.close()

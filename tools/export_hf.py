@@ -10,7 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megalm.errors import CheckpointError, DataError, MegalmError
+from megalm.errors import CheckpointError, ConfigError, DataError, MegalmError
 
 
 def parser() -> argparse.ArgumentParser:
@@ -44,8 +44,11 @@ def run(options: argparse.Namespace) -> None:
     from megalm.checkpoint.export import Export, export_checkpoint, parse_size
     from megalm.checkpoint.find import find_checkpoint
     from megalm.checkpoint.identity import read_config
-    from megalm.tokenizers.build import build_tokenizer, open_tokenizer
+    from megalm.checkpoint.run_tokenizer import tokenizer_of_run
+    from megalm.checkpoint.source import open_checkpoint
 
+    if options.no_tokenizer and options.tokenizer_name_or_path is not None:
+        raise ConfigError("--no-tokenizer excludes --tokenizer-name-or-path\n  keep one of them")
     started = time.perf_counter()
     try:
         max_shard_bytes = parse_size(options.max_shard_size)
@@ -57,13 +60,13 @@ def run(options: argparse.Namespace) -> None:
     checkpoint = find_checkpoint(options.load, step=options.step, warn=warn, progress=verifying)
     verifying.close()
     config = read_config(checkpoint)
-    tokenizer = None
-    if options.tokenizer_name_or_path is not None:
-        tokenizer = open_tokenizer("PretrainedFromHF", path=options.tokenizer_name_or_path)
-    elif not options.no_tokenizer and config is not None:
+    tokenizer, given = None, options.tokenizer_name_or_path
+    if given is not None or not options.no_tokenizer:
         try:
-            tokenizer = build_tokenizer(config.data, vocab_size=config.model.vocab_size)
+            tokenizer = tokenizer_of_run(open_checkpoint(checkpoint), config, given=given)
         except DataError as error:
+            if given is not None:
+                raise
             raise DataError(f"{error}\n  or give --tokenizer-name-or-path, or --no-tokenizer") from error
 
     def save_tokenizer(folder: Path) -> int | None:

@@ -28,6 +28,9 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--min-mb", type=float, default=20.0, help="fail with less text than this (default: 20)")
     options = parser.parse_args(arguments)
 
+    for flag, megabytes in (("--target-mb", options.target_mb), ("--min-mb", options.min_mb)):
+        if not 0 < megabytes < 1e9:
+            parser.error(f"{flag} {megabytes} must be greater than 0, and a size that a disk holds")
     started = time.perf_counter()
     folders = options.folder or installed_folders()
     try:

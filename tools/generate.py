@@ -12,6 +12,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megalm.errors import CheckpointError, ConfigError, MegalmError
 
+COLDEST = 1e-6
+"""Logits divided by less could leave the range of fp32."""
+
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
@@ -29,45 +32,36 @@ def parser() -> argparse.ArgumentParser:
 
 def open_model(options: argparse.Namespace) -> tuple[Any, Any, int | None]:
     """(a function from tokens to logits, the tokenizer, the longest input or None)."""
-    from megalm.tokenizers.build import build_tokenizer, open_tokenizer
+    import torch
+
+    from megalm.checkpoint.pretrained import load_pretrained
+    from megalm.checkpoint.run_tokenizer import check_rows, tokenizer_of_run
+    from megalm.tokenizers.build import open_tokenizer
 
     given = options.tokenizer_name_or_path
-    tokenizer = open_tokenizer("PretrainedFromHF", path=given) if given is not None else None
     if (options.load / "config.json").is_file():
-        from transformers import AutoModelForCausalLM
-
-        from megalm.checkpoint.loading_bar import without_loading_bar
-
         if options.step is not None:
             raise ConfigError(
                 f"--step {options.step} has no meaning for the Hugging Face folder {options.load}\n"
                 "  leave it out, or give --load the folder that a run saved to"
             )
-        try:
-            with without_loading_bar():
-                model = AutoModelForCausalLM.from_pretrained(
-                    options.load, local_files_only=True, trust_remote_code=False
-                )
-        except (OSError, ValueError) as failure:
-            said = str(failure).splitlines()[0]
-            raise CheckpointError(f"{options.load} holds no model that transformers reads: {said}") from failure
-        model.float().eval()
-        tokenizer = tokenizer or open_tokenizer("PretrainedFromHF", path=str(options.load))
+        model = load_pretrained(options.load, dtype=torch.float32)
+        tokenizer = open_tokenizer("PretrainedFromHF", path=given or str(options.load))
+        check_rows(tokenizer, model.get_input_embeddings().num_embeddings)
         return (lambda tokens: model(tokens).logits), tokenizer, getattr(model.config, "n_positions", None)
 
     from megalm.checkpoint.byte_line import ByteLine
     from megalm.checkpoint.find import find_checkpoint
     from megalm.checkpoint.identity import read_config
+    from megalm.checkpoint.source import open_checkpoint
     from megalm.checkpoint.standalone import load_model
 
     line = ByteLine(sys.stderr, "verifying")
     checkpoint = find_checkpoint(options.load, step=options.step, warn=warn, progress=line)
     line.close()
-    config = read_config(checkpoint)
+    tokenizer = tokenizer_of_run(open_checkpoint(checkpoint), read_config(checkpoint), given=given)
     if tokenizer is None:
-        if config is None:
-            raise CheckpointError(f"{checkpoint} does not name its tokenizer\n  give --tokenizer-name-or-path")
-        tokenizer = build_tokenizer(config.data, vocab_size=config.model.vocab_size)
+        raise CheckpointError(f"{checkpoint} does not name its tokenizer\n  give --tokenizer-name-or-path")
     reading = ByteLine(sys.stderr, "reading")
     own = load_model(checkpoint, progress=reading)
     reading.close()
@@ -78,10 +72,14 @@ def run(options: argparse.Namespace) -> None:
     """Load, continue, print."""
     from megalm.checkpoint.standalone import Sampling, continue_tokens
 
-    for name, least in (("max_new_tokens", 0), ("temperature", 0), ("top_k", 1)):
+    for name, least in (("max_new_tokens", 0), ("temperature", 0), ("top_k", 1), ("seed", 0)):
         value = getattr(options, name)
         if value is not None and not value >= least:
             raise ConfigError(f"--{name.replace('_', '-')} {value} must be at least {least}")
+    if options.seed >= 2**63:
+        raise ConfigError(f"--seed {options.seed} must be less than 2^63")
+    if options.temperature > 0 and not COLDEST <= options.temperature < float("inf"):
+        raise ConfigError(f"--temperature {options.temperature} must be 0, or finite and at least {COLDEST}")
     logits, tokenizer, max_length = open_model(options)
     tokens = tokenizer.encode(options.prompt)
     if not tokens:

@@ -53,7 +53,7 @@ def run(options: argparse.Namespace) -> None:
         f"mean {found.mean:,.1f}, longest {found.longest:,}"
     )
     print("\n".join(histogram(document_lengths(indexed))))
-    tokenizer = tokenizer_of(options)
+    tokenizer = tokenizer_of(options, indexed)
     for number in chosen(options, indexed.num_documents):
         show(indexed, number, tokenizer, max_tokens=options.max_tokens)
 
@@ -82,18 +82,28 @@ def show(indexed: IndexedDataset, number: int, tokenizer: Tokenizer | None, *, m
         print(f"... {len(ids) - len(shown):,} more tokens")
 
 
-def tokenizer_of(options: argparse.Namespace) -> Tokenizer | None:
-    """The tokenizer to decode with, if one is named."""
+def tokenizer_of(options: argparse.Namespace, indexed: IndexedDataset) -> Tokenizer | None:
+    """The tokenizer to decode with, if one is named.
+
+    Raises: DataError if it is known that another one made the corpus: the text would be another one too.
+    """
     if options.tokenizer_name_or_path is None and options.vocab_file is None:
         return None
+    from megalm.data.same_tokenizer import TokenizerFacts, check_tokenizer
     from megalm.tokenizers.build import open_tokenizer
+    from megalm.tokenizers.probe import probe_ids
 
-    return open_tokenizer(
+    tokenizer = open_tokenizer(
         options.tokenizer_type,
         path=options.tokenizer_name_or_path,
         vocab_file=options.vocab_file,
         merge_file=options.merge_file,
     )
+    facts = TokenizerFacts(tokenizer.name, tokenizer.vocab_size, tokenizer.digest, probe_ids(tokenizer))
+    warning = check_tokenizer(indexed, facts)
+    if warning is not None:
+        print(f"warning: {warning}", file=sys.stderr)
+    return tokenizer
 
 
 def main(arguments: list[str]) -> int:

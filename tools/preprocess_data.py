@@ -13,6 +13,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from megalm.data.preprocess_flags import add_foreign_flags, notices, stored_vocab_size, tokenizer_type
 from megalm.errors import ConfigError, DataError, MegalmError
 
+MOST_WORKERS = 1024
+
 if TYPE_CHECKING:
     from megalm.data.partition import Partition
     from megalm.data.preprocess import Job
@@ -101,6 +103,7 @@ def run(options: argparse.Namespace) -> None:
     for notice in notices(options):
         say(notice)
     partition = part_of(options)
+    check_keys(options.json_keys)
     tokenizer, kind = read_tokenizer(options)
     splitter = sentence_splitter(options)
     sources = find_sources(options.input)
@@ -177,10 +180,25 @@ def part_of(options: argparse.Namespace) -> Partition:
             f"--workers {options.workers}, --block-bytes {options.block_bytes} and --max-line-bytes "
             f"{options.max_line_bytes} must not be negative, and the sizes not 0"
         )
+    if options.workers > MOST_WORKERS:
+        raise ConfigError(
+            f"--workers {options.workers} must be at most {MOST_WORKERS:,}\n  one for each core is enough"
+        )
+    if options.log_interval is not None and options.log_interval < 1:
+        raise ConfigError(f"--log-interval {options.log_interval} must be at least 1")
     if options.partition is None:
         Partition(0, options.partitions)
         return WHOLE
     return Partition(options.partition, options.partitions)
+
+
+def check_keys(keys: list[str]) -> None:
+    """Refuse keys whose corpora would be one file, or in another folder than their prefix."""
+    for key in keys:
+        if keys.count(key) > 1:
+            raise ConfigError(f"--json-keys names {key!r} twice\n  each key has a corpus: give it once")
+        if not key or "/" in key or "\0" in key:
+            raise ConfigError(f"--json-keys {key!r} cannot be part of a file's name: rename it in the input")
 
 
 def read_tokenizer(options: argparse.Namespace) -> tuple[Tokenizer, str]:

@@ -8,10 +8,11 @@ import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megalm.errors import CheckpointError, MegalmError
+from megalm.errors import CheckpointError, ConfigError, MegalmError
 
 EXIT_MARGIN_MISSED = 1
 
@@ -61,11 +62,21 @@ def run(options: argparse.Namespace) -> int:
         plot_curve(metrics_path, options.picture, unigram_entropy=first.unigram_entropy)
     margin = min(valid.margin for valid in summary.validation.values())
     if options.output is not None:
-        options.output.write_text(json.dumps({**asdict(summary), "margin": margin}, indent=1) + "\n", encoding="utf-8")
+        write_figures(options.output, {**asdict(summary), "margin": margin})
     if options.require_margin is not None and not margin >= options.require_margin:
         print(f"the margin is {margin:.4f}, and {options.require_margin} was required", file=sys.stderr)
         return EXIT_MARGIN_MISSED
     return 0
+
+
+def write_figures(path: Path, figures: dict[str, Any]) -> None:
+    """Write the figures as JSON."""
+    try:
+        path.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(
+            f"the figures {path} cannot be written: {error.strerror}\n  name a file in a writable folder"
+        ) from error
 
 
 def main(arguments: list[str]) -> int:

@@ -25,6 +25,7 @@ from megalm.errors import ConfigError, DataError, MegalmError
 
 if TYPE_CHECKING:
     from megalm.config.root import Config
+    from megalm.tokenizers.protocol import Tokenizer
 
 
 def parser() -> argparse.ArgumentParser:
@@ -52,20 +53,22 @@ def run(options: argparse.Namespace, command_line: list[str]) -> None:
 
     from megalm.config.parse import parse_command_line
     from megalm.data.trace import trace
-    from megalm.tokenizers.build import build_tokenizer
-    from megalm.train.samples import open_datasets
+    from megalm.train.samples import open_datasets, sample_counts
 
+    if options.data_parallel_size < 1:
+        raise ConfigError(f"--data-parallel-size {options.data_parallel_size} must be at least 1")
+    if options.max_tokens < 0:
+        raise ConfigError(f"--max-tokens {options.max_tokens} must not be negative")
     config = parse_command_line(command_line)
+    tokenizer = None if options.no_text else tokenizer_of(config)
     say = partial(print, file=sys.stderr)
     source = open_datasets(config, dp_size=options.data_parallel_size, verifies=False, log=say).train
     if source is None:
         raise DataError("this run has no training samples")
-    tokenizer = None if options.no_text else build_tokenizer(config.data, vocab_size=config.model.vocab_size)
-    if options.max_tokens < 0:
-        raise ConfigError(f"--max-tokens {options.max_tokens} must not be negative")
+    read = sample_counts(config, dp_size=options.data_parallel_size)["train"]
     for step, number in chosen(options, config):
-        if not 0 <= number < len(source):
-            raise DataError(f"sample {number} does not exist; the run has 0 to {len(source) - 1}")
+        if not 0 <= number < read:
+            raise DataError(f"sample {number} does not exist; the run has 0 to {read - 1}")
         tokens = source[number]
         if not options.json:
             print(f"sample {number}" + ("" if step is None else f" of step {step}"))
@@ -84,12 +87,32 @@ def run(options: argparse.Namespace, command_line: list[str]) -> None:
                 print("    " + text.replace("\n", "\n    "))
 
 
+def tokenizer_of(config: Config) -> Tokenizer:
+    """The run's tokenizer.
+
+    Raises: DataError if it is known that another one made the corpora: the text would be another one too.
+    """
+    from megalm.checkpoint.run_tokenizer import tokenizer_facts
+    from megalm.data.build import corpus_prefixes
+    from megalm.data.same_tokenizer import check_made_with
+    from megalm.tokenizers.build import build_tokenizer
+
+    tokenizer = build_tokenizer(config.data, vocab_size=config.model.vocab_size)
+    facts = tokenizer_facts(tokenizer)
+    for warning in filter(None, (check_made_with(prefix, facts) for prefix in corpus_prefixes(config.data))):
+        print(f"warning: {warning}", file=sys.stderr)
+    return tokenizer
+
+
 def chosen(options: argparse.Namespace, config: Config) -> Iterator[tuple[int | None, int]]:
     """(step or None, sample) of everything asked for."""
-    from megalm.train.samples import samples_of_steps, total_steps
+    from megalm.train.samples import sample_counts, samples_of_steps, total_steps
 
     if options.samples is not None:
         first, last = bounds(options.samples, "--samples", least=0)
+        read = sample_counts(config, dp_size=options.data_parallel_size)["train"]
+        if last >= read:
+            raise DataError(f"--samples {options.samples}: sample {last} does not exist; the run reads 0 to {read - 1}")
         for number in range(first, last + 1):
             yield None, number
         return

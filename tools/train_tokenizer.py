@@ -10,7 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megalm.errors import DataError, MegalmError
+from megalm.errors import ConfigError, DataError, MegalmError
 
 
 def parser() -> argparse.ArgumentParser:
@@ -54,6 +54,8 @@ def run(options: argparse.Namespace) -> None:
         raise DataError(f"{written} exists already\n  choose another --output, or pass --overwrite")
     texts = iterate_texts(find_sources(options.input), options.json_keys, skip_bad_lines=options.on_bad_line == "skip")
     if options.max_documents is not None:
+        if options.max_documents < 1:
+            raise ConfigError(f"--max-documents {options.max_documents} must be at least 1")
         texts = itertools.islice(texts, options.max_documents)
     started = time.perf_counter()
     if byte_level:

@@ -56,11 +56,14 @@ def chosen_checkpoints(folder: Path, step: int | None) -> list[Path]:
     Raises: CheckpointError if there is none.
     """
     from megalm.checkpoint import layout
-    from megalm.checkpoint.find import has_no_hashes
+    from megalm.checkpoint.find import has_no_hashes, is_hugging_face
     from megalm.checkpoint.retention import published_checkpoints
     from megalm.checkpoint.universal import is_universal
 
-    if (folder / layout.MANIFEST).exists() or has_no_hashes(folder):
+    foreign = is_hugging_face(folder)
+    if ((folder / layout.MANIFEST).exists() and not foreign) or has_no_hashes(folder):
+        if step is not None and layout.parse_step(folder.resolve().name) != step:
+            raise CheckpointError(f"{folder} is one checkpoint, and not that of step {step}\n  leave out --step")
         return [folder]
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is not a folder")
@@ -71,6 +74,10 @@ def chosen_checkpoints(folder: Path, step: int | None) -> list[Path]:
             for path in sorted(folder.iterdir())
             if path not in found and path.suffix != ".tmp" and is_universal(path)
         ]
+    if not found and foreign:
+        raise CheckpointError(
+            f"{folder} is a Hugging Face folder\n  checkpoints are checked here; export_hf.py --verify checks an export"
+        )
     if not found:
         wanted = "checkpoint" if step is None else f"checkpoint of step {step}"
         raise CheckpointError(f"{folder} holds no {wanted}")

@@ -25,6 +25,8 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("prefix", nargs="+", help="corpus prefixes: .bin paths without their suffix")
     parser.add_argument("--vocab-size", type=int, help="ids must be below this; default: the sidecar's vocabulary")
     options = parser.parse_args(arguments)
+    if options.vocab_size is not None and options.vocab_size < 1:
+        parser.error(f"--vocab-size {options.vocab_size} must be at least 1")
     code = 0
     for prefix in options.prefix:
         started = time.perf_counter()

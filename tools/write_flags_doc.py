@@ -18,8 +18,11 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("output", type=Path, nargs="?", default=default, help="file to write (docs/flags.md)")
     target: Path = parser.parse_args(arguments).output
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(flags_markdown(), encoding="utf-8")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(flags_markdown(), encoding="utf-8")
+    except OSError as error:
+        parser.error(f"{target} cannot be written: {error.strerror}")
     print(f"wrote {target}")
     return 0
 

@@ -20,7 +20,7 @@ from megalm.checkpoint.durable import (
     replace_text,
     write_text,
 )
-from megalm.checkpoint.identity import model_fields
+from megalm.checkpoint.identity import as_given, model_fields
 from megalm.checkpoint.manifest import Manifest
 from megalm.checkpoint.retention import Retention, remove_outdated
 from megalm.config.deepspeed_json import effective_zero_stage
@@ -95,7 +95,7 @@ class Draft:
         """
         own = [
             write_text(self.temporary / layout.TRAIN_STATE, self.state_text),
-            write_text(self.temporary / layout.CONFIG, config_to_yaml(self.config)),
+            write_text(self.temporary / layout.CONFIG, config_to_yaml(as_given(self.config))),
         ]
         files = tuple(sorted([*records, *own], key=lambda record: record.name))
         write_text(self.temporary / layout.MANIFEST, replace(self.manifest, files=files).to_json())

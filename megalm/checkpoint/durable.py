@@ -12,12 +12,14 @@ import hashlib
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Thread
 from types import TracebackType
 from typing import BinaryIO
+
+from megalm.errors import CheckpointError
 
 # Below this, starting a thread costs more than hashing.
 _CONCURRENT_BYTES = 1 << 20
@@ -92,6 +94,21 @@ class HashingFile:
     def record(self) -> FileRecord:
         """Name, length and hash of what was written."""
         return FileRecord(name=self._path.name, bytes=self._bytes, sha256=self._hash.hexdigest())
+
+
+@contextlib.contextmanager
+def writing_to(destination: Path) -> Iterator[None]:
+    """Say in a user's terms what a tool could not write: a full disk, a folder that is read-only or a file's name.
+
+    Raises: CheckpointError in place of OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        at = "" if error.filename is None else f": {error.filename}"
+        raise CheckpointError(
+            f"cannot write {destination}: {error.strerror or error}{at}\n  give a folder that can be written, with room"
+        ) from error
 
 
 def write_file(path: Path, produce: Callable[[HashingFile], None]) -> FileRecord:

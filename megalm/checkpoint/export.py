@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,11 +15,20 @@ import torch
 from torch import Tensor
 
 from megalm.checkpoint import layout
-from megalm.checkpoint.durable import FileRecord, make_folder, remove_folder, rename, sync_folder, write_text
+from megalm.checkpoint.durable import (
+    FileRecord,
+    make_folder,
+    remove_folder,
+    rename,
+    sync_folder,
+    write_text,
+    writing_to,
+)
 from megalm.checkpoint.file_ranges import BlockReader, offsets_in_file
 from megalm.checkpoint.huggingface import Renamed, family_of, model_config, renamed, unchanged
 from megalm.checkpoint.manifest import hash_file
 from megalm.checkpoint.merge import LayerFiles
+from megalm.checkpoint.retention import published_checkpoints
 from megalm.checkpoint.safetensors_file import Bytes, Entry, write_safetensors
 from megalm.checkpoint.source import open_checkpoint
 from megalm.errors import CheckpointError
@@ -70,31 +80,38 @@ def export_checkpoint(
 
     `dtype` is fp32, bf16 or fp16; the checkpoint's own when not given. `save_tokenizer` writes the tokenizer's files
     into the folder and returns its end-of-document id. `prove` is called with the finished folder before it takes its
-    name; if it raises, nothing is published. With `overwrite` a folder that is there gives way to the new one.
+    name; if it raises, nothing is published. With `overwrite` an earlier export gives way to the new one.
 
-    Raises: CheckpointError if the model cannot be expressed, the destination is there, or the checkpoint is damaged.
+    Raises: CheckpointError if the model cannot be expressed, the destination is there or cannot be written, or the
+    checkpoint is damaged.
     """
-    _check_destination(destination, overwrite=overwrite)
+    with writing_to(destination):
+        _check_destination(destination, checkpoint, overwrite=overwrite)
     source = open_checkpoint(checkpoint)
     shape, layers = source.shape, source.layers
     family = family_of(shape)
     chosen = DTYPES[dtype] if dtype is not None else _stored_dtype(layers)
     planned = _plan(shape, family=family, dtype=chosen)
 
-    temporary = destination.with_name(destination.name + ".tmp")
-    remove_folder(temporary)
-    make_folder(temporary)
+    target = Path(os.path.abspath(destination))  # "." has no name
+    temporary = target.with_name(target.name + ".tmp")
+    with writing_to(destination):
+        remove_folder(temporary)
+        make_folder(temporary)
     export = Export(folder=temporary, family=family, shape=shape, step=source.manifest.step, dtype=chosen)
     try:
-        eod_id = save_tokenizer(temporary) if save_tokenizer is not None else None
-        config = model_config(shape, family=family, dtype=_DTYPE_WORDS[chosen], eod_id=eod_id, seq_length=seq_length)
-        with _one_torch_thread():
-            _write_weights(export, layers, planned, max_shard_bytes=max_shard_bytes, progress=progress)
-        _write_texts(export, config, eod_id=eod_id)
+        with writing_to(destination):
+            eod_id = save_tokenizer(temporary) if save_tokenizer is not None else None
+            words = _DTYPE_WORDS[chosen]
+            config = model_config(shape, family=family, dtype=words, eod_id=eod_id, seq_length=seq_length)
+            with _one_torch_thread():
+                _write_weights(export, layers, planned, max_shard_bytes=max_shard_bytes, progress=progress)
+            _write_texts(export, config, eod_id=eod_id)
         export.drift = layers.drift
         if prove is not None:
             prove(export)
-        _publish(temporary, destination)
+        with writing_to(destination):
+            _publish(temporary, target)
     except BaseException:
         remove_folder(temporary)
         raise
@@ -114,13 +131,25 @@ def parse_size(text: str) -> int:
     return int(cleaned)
 
 
-def _check_destination(destination: Path, *, overwrite: bool) -> None:
+def _check_destination(destination: Path, checkpoint: Path, *, overwrite: bool) -> None:
     if destination.exists() and not overwrite:
         raise CheckpointError(
             f"{destination} exists, and nothing is overwritten\n  give another folder, or --overwrite"
         )
+    if destination.exists() and not _is_export(destination, checkpoint):
+        raise CheckpointError(
+            f"--overwrite removes an earlier export, and {destination} is none: it is a file, holds checkpoints, or no "
+            "config.json\n  give another folder"
+        )
     if not destination.parent.is_dir():
         raise CheckpointError(f"{destination.parent}, which would hold the export, is not a folder")
+
+
+def _is_export(folder: Path, checkpoint: Path) -> bool:
+    """Whether nothing but a Hugging Face folder, or an empty one, would be lost with it."""
+    if not folder.is_dir() or folder.resolve() in (checkpoint.resolve(), *checkpoint.resolve().parents):
+        return False
+    return not any(folder.iterdir()) or ((folder / "config.json").is_file() and not published_checkpoints(folder))
 
 
 def _stored_dtype(layers: LayerFiles) -> torch.dtype:

@@ -83,16 +83,19 @@ def candidates(folder: Path, step: int | None, universal: bool) -> tuple[list[Pa
     """The checkpoints of a folder in the order they are tried, by their names, and what is odd about it."""
     if not folder.is_dir():
         return [], [f"{folder} is not a folder"]
-    if (folder / "config.json").is_file():
-        return [], ["it is a Hugging Face folder, of which tools/import_hf.py makes a checkpoint"]
-    if (folder / layout.MANIFEST).is_file() or is_bigscience(folder) or is_universal(folder):
+    foreign = is_hugging_face(folder)
+    if ((folder / layout.MANIFEST).is_file() and not foreign) or is_bigscience(folder) or is_universal(folder):
         if universal and not is_universal(folder):
             return [], [f"{folder} is no universal checkpoint, as --universal-checkpoint asks"]
+        if step is not None and layout.parse_step(folder.resolve().name) != step:
+            return [], [f"{folder} is one checkpoint, and not that of step {step}"]
         return [folder], []
     latest = folder / layout.LATEST
     if step is None and (universal or not latest.exists()) and (folder / layout.LATEST_UNIVERSAL).is_file():
         return _named_universal(folder)
     published = [(n, path) for n, path in published_checkpoints(folder) if not universal or is_universal(path)]
+    if not published and foreign:
+        return [], ["it is a Hugging Face folder, of which tools/import_hf.py makes a checkpoint"]
     if step is not None:
         chosen = [path for number, path in published if number == step]
         return chosen, [] if chosen else [f"there is no checkpoint of step {step}; there are {_steps(published)}"]
@@ -129,6 +132,11 @@ def _named(latest: Path) -> Path:
     name = latest.read_text(encoding="utf-8").strip()
     check_file_name(name)
     return latest.parent / name
+
+
+def is_hugging_face(folder: Path) -> bool:
+    """Whether a folder is a model for transformers; its manifest.json, if it is an export, lists other files."""
+    return (folder / "config.json").is_file()
 
 
 def has_no_hashes(path: Path) -> bool:

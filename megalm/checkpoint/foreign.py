@@ -47,6 +47,8 @@ def read_foreign_config(folder: Path) -> ForeignModel:
     Raises: CheckpointError if it is missing, needs code of its own, or describes what megalm cannot compute.
     """
     path = folder / "config.json"
+    if not path.is_file():
+        raise CheckpointError(f"{folder} is no Hugging Face folder: it has no config.json")
     content = read_json(path)
     if "auto_map" in content:
         raise CheckpointError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -55,10 +55,29 @@ def read_config(folder: Path) -> Config | None:
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{file} cannot be read: {error}") from error
     try:
-        return config_from_yaml(text, name=str(file))
+        return _as_run(config_from_yaml(text, name=str(file)))
     except (yaml.YAMLError, RecursionError) as error:
         reason = " ".join(str(error).split())
         raise CheckpointError(f"{file} is no configuration: {reason}") from error
+
+
+def as_given(config: Config) -> Config:
+    """A run's configuration as options give it: NullTokenizer adds the end of document to the ids that it is given.
+
+    A stored configuration can be given again, so that it must not count that id.
+    """
+    return _with_more_ids(config, -1)
+
+
+def _as_run(config: Config) -> Config:
+    return _with_more_ids(config, 1)
+
+
+def _with_more_ids(config: Config, count: int) -> Config:
+    vocab_size = config.model.vocab_size
+    if config.data.tokenizer_type != "NullTokenizer" or vocab_size is None:
+        return config
+    return replace(config, model=replace(config.model, vocab_size=vocab_size + count))
 
 
 def stored_model(manifest: Manifest, *, path: Path) -> ModelConfig:

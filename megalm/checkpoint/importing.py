@@ -15,7 +15,15 @@ from torch import Tensor
 
 from megalm.checkpoint import layout
 from megalm.checkpoint.draft import versions
-from megalm.checkpoint.durable import make_folder, publish_folder, remove_folder, replace_text, write_text
+from megalm.checkpoint.durable import (
+    FileRecord,
+    make_folder,
+    publish_folder,
+    remove_folder,
+    replace_text,
+    write_text,
+    writing_to,
+)
 from megalm.checkpoint.export import DTYPES
 from megalm.checkpoint.foreign import ForeignModel, ForeignWeights, read_foreign_config
 from megalm.checkpoint.huggingface import BLOOM, renamed
@@ -68,40 +76,30 @@ def import_folder(
 
     `dtype` is fp32, bf16 or fp16; the folder's own when not given. The checkpoint has no optimizer state, and loads at
     any layout, whatever the sizes here.
-    Raises: CheckpointError if the folder cannot be expressed, is damaged, or the destination has a checkpoint.
+    Raises: CheckpointError if the folder cannot be expressed, is damaged, or the destination is not empty or cannot be
+    written.
     """
     foreign = read_foreign_config(source)
     weights = ForeignWeights(source)
     foreign = _with_head(foreign, weights)
     shape = gpt_shape(foreign.model)
     _check_names(source, weights, shape, family=foreign.family)
-    _check_divisible(foreign.model, tp_size=tp_size)
-    if not 1 <= pp_size <= foreign.model.num_layers:
-        raise CheckpointError(
-            f"--pipeline-model-parallel-size {pp_size} must be 1 to the {foreign.model.num_layers} layers of the model"
-        )
+    _check_sizes(foreign.model, tp_size=tp_size, pp_size=pp_size)
+    with writing_to(destination):
+        _check_destination(destination)
     final = destination / layout.step_folder(0)
-    if destination.exists() and any(destination.iterdir()):
-        raise CheckpointError(f"{destination} is not empty, and nothing is overwritten\n  give another folder")
     temporary = destination / layout.temporary_folder(0)
-    make_folder(temporary)
+    chosen = dtype or foreign.dtype
+    sizes: dict[str, int | str] = {"tp": tp_size, "pp": pp_size, "dp": 1, "zero_stage": 0, "dtype": chosen or "stored"}
     try:
-        chosen = dtype or foreign.dtype
-        converted = _converted(weights, shape, family=foreign.family, dtype=chosen, progress=progress)
-        records = write_layer_files(temporary, converted, tp_size=tp_size)
-        state = {"step": 0, "consumed_samples": 0, "consumed_tokens": 0, "skipped_steps": 0}
-        records.append(write_text(temporary / layout.TRAIN_STATE, json.dumps(state, indent=1) + "\n"))
-        manifest = Manifest(
-            step=0,
-            layout={"tp": tp_size, "pp": pp_size, "dp": 1, "zero_stage": 0, "dtype": chosen or "stored"},
-            model=resolved_fields(foreign.model, seq_length=foreign.seq_length),
-            versions=versions(),
-            files=tuple(sorted(records, key=lambda record: record.name)),
-        )
-        write_text(temporary / layout.MANIFEST, manifest.to_json())
-        preset = _write_preset(source, destination, foreign)
-        publish_folder(temporary, final, replaced=destination / layout.replaced_folder(0))
-        replace_text(destination / layout.LATEST, final.name)
+        with writing_to(destination):
+            make_folder(temporary)
+            converted = _converted(weights, shape, family=foreign.family, dtype=chosen, progress=progress)
+            records = write_layer_files(temporary, converted, tp_size=tp_size)
+            _write_descriptions(temporary, foreign, records, sizes=sizes)
+            preset = _write_preset(source, destination, foreign)
+            publish_folder(temporary, final, replaced=destination / layout.replaced_folder(0))
+            replace_text(destination / layout.LATEST, final.name)
     except BaseException:
         remove_folder(temporary)
         raise
@@ -133,7 +131,18 @@ def _check_names(source: Path, weights: ForeignWeights, shape: GPTShape, *, fami
         )
 
 
-def _check_divisible(model: ModelConfig, *, tp_size: int) -> None:
+def _check_destination(destination: Path) -> None:
+    if destination.exists() and not destination.is_dir():
+        raise CheckpointError(f"{destination} is a file\n  give a folder")
+    if destination.exists() and any(destination.iterdir()):
+        raise CheckpointError(f"{destination} is not empty, and nothing is overwritten\n  give another folder")
+
+
+def _check_sizes(model: ModelConfig, *, tp_size: int, pp_size: int) -> None:
+    if not 1 <= pp_size <= model.num_layers:
+        raise CheckpointError(
+            f"--pipeline-model-parallel-size {pp_size} must be 1 to the {model.num_layers} layers of the model"
+        )
     sizes = {"num_heads": model.num_heads, "ffn": model.ffn_size, "vocabulary": model.padded_vocab_size}
     for name, size in sizes.items():
         if tp_size < 1 or size % tp_size != 0:
@@ -160,6 +169,22 @@ def _converted(
         yield weight, own if dtype is None else own.to(DTYPES[dtype])
         if progress is not None:
             progress(weight.name, 4 * weight.numel, total)
+
+
+def _write_descriptions(
+    folder: Path, foreign: ForeignModel, records: list[FileRecord], *, sizes: dict[str, int | str]
+) -> None:
+    """Write progress, which is none, and the manifest of everything."""
+    state = {"step": 0, "consumed_samples": 0, "consumed_tokens": 0, "skipped_steps": 0}
+    progress = write_text(folder / layout.TRAIN_STATE, json.dumps(state, indent=1) + "\n")
+    manifest = Manifest(
+        step=0,
+        layout=sizes,
+        model=resolved_fields(foreign.model, seq_length=foreign.seq_length),
+        versions=versions(),
+        files=tuple(sorted([*records, progress], key=lambda record: record.name)),
+    )
+    write_text(folder / layout.MANIFEST, manifest.to_json())
 
 
 def _write_preset(source: Path, destination: Path, foreign: ForeignModel) -> Path:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from megalm.checkpoint.loading_bar import without_loading_bar
+from megalm.checkpoint.pretrained import load_pretrained
 from megalm.checkpoint.standalone import continue_tokens, load_model
 from megalm.errors import CheckpointError
 
@@ -68,14 +68,7 @@ def prove_export(
     Raises: CheckpointError if keys are missing or left over, logits differ by more than LOGIT_TOLERANCE, or the
     continuations are not the same.
     """
-    from transformers import AutoModelForCausalLM
-
-    with without_loading_bar():
-        theirs, info = AutoModelForCausalLM.from_pretrained(
-            folder, output_loading_info=True, local_files_only=True, trust_remote_code=False, dtype=torch.float64
-        )
-    theirs.eval()
-    _check_keys(folder, info)
+    theirs = load_pretrained(folder, dtype=torch.float64)
     ours = load_model(checkpoint, rounded_to=dtype, dtype=torch.float64)
     difference = largest = 0.0
     for sample in tokens:
@@ -98,9 +91,3 @@ def prove_export(
         new = slice(len(prompt), None)
         raise CheckpointError(f"greedy continuations differ: {own[new]} by the trainer, {other[new]} by transformers")
     return Proof(tokens.numel(), difference, largest, len(prompt), own, other)
-
-
-def _check_keys(folder: Path, info: dict[str, Any]) -> None:
-    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if info.get(kind):
-            raise CheckpointError(f"transformers reports {kind} in {folder}: {sorted(map(str, info[kind]))[:5]}")

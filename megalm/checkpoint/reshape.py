@@ -27,6 +27,7 @@ from megalm.checkpoint.durable import (
     replace_text,
     unlink,
     write_text,
+    writing_to,
 )
 from megalm.checkpoint.identity import read_config
 from megalm.checkpoint.manifest import Manifest
@@ -36,6 +37,7 @@ from megalm.checkpoint.split import shard, write_layer_files
 from megalm.checkpoint.tensor_files import DynamicLossScaler, FragmentAddress, LossScaler, write_tensors
 from megalm.checkpoint.universal import pipeline_name
 from megalm.errors import CheckpointError
+from megalm.models.gpt.shape import GPTShape
 from megalm.models.gpt.weights import FIRST_BLOCK_LAYER, Weight, weight_table
 
 COUNTERS = ("global_steps", "global_samples", "skipped_steps")
@@ -58,20 +60,8 @@ def reshape_checkpoint(
     states belong to the old ranks and are left out.
     Raises: CheckpointError if the sizes do not fit the model, or the destination has this step already.
     """
-    if min(tp_size, pp_size) < 1:
-        raise CheckpointError(f"parallel sizes must be at least 1, not {tp_size} and {pp_size}")
     source = open_checkpoint(checkpoint)
-    if pp_size > source.shape.num_layers:
-        raise CheckpointError(f"{pp_size} pipeline stages do not fit {source.shape.num_layers} layers\n  give fewer")
-    num_heads = source.shape.block.num_heads
-    if num_heads % tp_size:
-        fitting = [size for size in range(1, num_heads + 1) if num_heads % size == 0]
-        raise CheckpointError(
-            f"the {num_heads} attention heads cannot be cut into {tp_size} parts\n"
-            f"  tensor-parallel sizes that fit: {', '.join(map(str, fitting))}"
-        )
-    for weight in weight_table(source.shape):
-        shard(weight, torch.empty(weight.shape, device="meta"), tp_rank=0, tp_size=tp_size)
+    check_sizes(source.shape, tp_size=tp_size, pp_size=pp_size)
     with offline_folder(destination, source.manifest.step) as folder:
         records = _write_layers(source, folder, tp_size=tp_size, num_threads=num_threads, progress=progress)
         optimizer = source.optimizer()
@@ -94,24 +84,50 @@ def reshape_checkpoint(
     return destination / layout.step_folder(source.manifest.step)
 
 
+def check_sizes(shape: GPTShape, *, tp_size: int, pp_size: int) -> None:
+    """Refuse sizes that no run could load the result at.
+
+    Raises: CheckpointError that names the sizes that fit.
+    """
+    if min(tp_size, pp_size) < 1:
+        raise CheckpointError(f"parallel sizes must be at least 1, not {tp_size} and {pp_size}")
+    if pp_size > shape.num_layers:
+        raise CheckpointError(
+            f"{pp_size} pipeline stages do not fit {shape.num_layers} layers\n  sizes that fit: 1 to {shape.num_layers}"
+        )
+    parts = {
+        "attention heads": shape.block.num_heads,
+        "units of the MLP": shape.block.ffn_size,
+        "rows of vocabulary": shape.vocab_rows,
+    }
+    fitting = [size for size in range(1, shape.block.num_heads + 1) if all(n % size == 0 for n in parts.values())]
+    for name, count in parts.items():
+        if count % tp_size:
+            raise CheckpointError(
+                f"the {count} {name} cannot be cut into {tp_size} parts\n"
+                f"  tensor-parallel sizes that fit: {', '.join(map(str, fitting))}"
+            )
+
+
 @contextlib.contextmanager
 def offline_folder(destination: Path, step: int, *, latest: str = layout.LATEST) -> Iterator[Path]:
     """A folder to write a checkpoint to, which is published as `destination/global_stepN` when the block ends well.
 
-    Raises: CheckpointError if the destination is a file, or has this step already.
+    Raises: CheckpointError if the destination is a file, has this step already, or cannot be written.
     """
-    if destination.is_file():
-        raise CheckpointError(f"{destination} is a file\n  give a folder")
-    final = destination / layout.step_folder(step)
-    if final.exists():
-        raise CheckpointError(f"{final} exists, and nothing is overwritten\n  give another folder")
-    temporary = destination / layout.temporary_folder(step)
-    remove_folder(temporary)
-    make_folder(temporary)
+    final, temporary = destination / layout.step_folder(step), destination / layout.temporary_folder(step)
+    with writing_to(destination):
+        if destination.is_file():
+            raise CheckpointError(f"{destination} is a file\n  give a folder")
+        if final.exists():
+            raise CheckpointError(f"{final} exists, and nothing is overwritten\n  give another folder")
+        remove_folder(temporary)
+        make_folder(temporary)
     try:
-        yield temporary
-        publish_folder(temporary, final, replaced=destination / layout.replaced_folder(step))
-        replace_text(destination / latest, final.name)
+        with writing_to(destination):
+            yield temporary
+            publish_folder(temporary, final, replaced=destination / layout.replaced_folder(step))
+            replace_text(destination / latest, final.name)
     except BaseException:
         remove_folder(temporary)
         raise

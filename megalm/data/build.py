@@ -79,11 +79,15 @@ def open_corpora(
     Raises: DataError for corpora, weights and ranges that cannot be used.
     """
     builder = _Builder(data, seed=0, vocab_size=None, tokenizer=tokenizer, verifies=True, log=None)
+    return [builder.indexed(prefix) for prefix in corpus_prefixes(data)], builder.datasets.warnings
+
+
+def corpus_prefixes(data: DataConfig) -> list[str]:
+    """Every corpus that `data` names, once."""
     groups = (data.train_weighted_split_paths, data.valid_weighted_split_paths, data.test_weighted_split_paths)
     members = [*parse_data_path(data.data_path)] if data.data_path else []
     members += [member for texts in groups for group in parse_groups(texts) for member in group.members]
-    corpora = [builder.indexed(prefix) for prefix in dict.fromkeys(member.prefix for member in members)]
-    return corpora, builder.datasets.warnings
+    return list(dict.fromkeys(member.prefix for member in members))
 
 
 class _Builder:
@@ -180,7 +184,7 @@ class _Builder:
     def indexed(self, prefix: str) -> IndexedDataset:
         if prefix not in self._open:
             if self.data.verify_data and self.verifies:
-                if verify_corpus(prefix, vocab_size=self.vocab_size).hashed:
+                if verify_corpus(prefix, vocab_size=self._num_ids).hashed:
                     self.datasets.report.append(f"verified: {shown(prefix)} is whole and equals its hashes")
                 else:
                     self._warn(
@@ -194,6 +198,11 @@ class _Builder:
                 self._warn(warning)
             self._open[prefix] = indexed
         return self._open[prefix]
+
+    @property
+    def _num_ids(self) -> int | None:
+        """What --verify-data holds ids against: rows that only pad the vocabulary are no tokenizer's ids."""
+        return self.vocab_size if self.tokenizer is None else self.tokenizer.vocab_size
 
     def _corpus(self, name: str, member: Member, split_range: tuple[int, int], num_samples: int) -> GPTDataset:
         return GPTDataset(

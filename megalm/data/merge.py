@@ -10,7 +10,7 @@ import numpy as np
 
 from megalm.data.indexed import IndexedDataset, index_path, tokens_path
 from megalm.data.indexed_writer import IndexedWriter
-from megalm.data.sidecar import check_hash, read_sidecar
+from megalm.data.sidecar import COUNTS, check_hash, read_sidecar
 from megalm.errors import DataError
 
 SEQUENCES = 1 << 18
@@ -18,9 +18,6 @@ SEQUENCES = 1 << 18
 
 TOKENS = 1 << 23
 """Tokens copied at a time, unless a single sequence is longer."""
-
-COUNTS = ("skipped_lines", "empty_documents", "seconds")
-"""What the sidecar of a merged corpus adds up."""
 
 
 def merge_datasets(prefixes: Sequence[str | Path], output: str | Path, *, overwrite: bool = False) -> IndexedDataset:
@@ -85,7 +82,7 @@ def _check_tokenizers(parts: Sequence[IndexedDataset], sidecars: Sequence[dict[s
 
 
 def _partition(sidecar: dict[str, Any] | None) -> dict[str, Any] | None:
-    found: dict[str, Any] | None = (sidecar or {}).get("partition")
+    found: dict[str, Any] | None = (sidecar or {}).get("partition") or None
     if found is not None and not ({"index", "count", "corpus"} <= set(found)):
         raise DataError(f"a sidecar describes its partition as {found}\n  tokenize that part again")
     return found
@@ -144,9 +141,9 @@ def _merged_sidecar(parts: Sequence[IndexedDataset], sidecars: Sequence[dict[str
         for name, value in first.items()
         if name not in counted and all(other.get(name) == value for other in known)
     }
-    content["sources"] = [source for sidecar in known for source in sidecar.get("sources", [])]
+    content["sources"] = [source for sidecar in known for source in sidecar.get("sources") or []]
     for name in COUNTS:
-        content[name] = round(sum(sidecar.get(name, 0) for sidecar in known), 3)
+        content[name] = round(sum(sidecar.get(name) or 0 for sidecar in known), 3)
     return content
 
 

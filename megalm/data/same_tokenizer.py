@@ -40,22 +40,35 @@ def check_tokenizer(indexed: IndexedDataset, tokenizer: TokenizerFacts) -> str |
             f"has {tokenizer.vocab_size:,}\n"
             "  the corpus was made with another tokenizer: tokenize it again, or name the tokenizer that made it"
         )
-    made_with = _made_with(indexed.prefix)
-    if made_with is None or tokenizer.probe is None or made_with.get("digest") == tokenizer.digest:
+    return check_made_with(indexed.prefix, tokenizer)
+
+
+def check_made_with(prefix: str, tokenizer: TokenizerFacts) -> str | None:
+    """`check_tokenizer` by the sidecar alone."""
+    made_with, another = _made_with(prefix), another_made(prefix, tokenizer)
+    if made_with is None or tokenizer.probe is None or another is False:
         return None
-    what = f"{shown(indexed.prefix)} was tokenized by a {made_with.get('type')} of {made_with.get('vocab_size')} ids"
-    probe = made_with.get("probe")
-    if probe is None:
+    what = f"{shown(prefix)} was tokenized by a {made_with.get('type')} of {made_with.get('vocab_size')} ids"
+    if another is None:
         return f"{what}, whose files are not those of {tokenizer.name}: if it is another tokenizer, so are its tokens"
-    if list(tokenizer.probe) == probe:
-        return None
     raise DataError(
         f"{what}, which makes other ids of the same text than {tokenizer.name}\n"
-        f"  tokenizer of the corpus: in {shown(indexed.prefix)}.meta.json; the run's: set by --tokenizer-type and "
+        f"  tokenizer of the corpus: in {shown(prefix)}.meta.json; the run's: set by --tokenizer-type and "
         "--tokenizer-name-or-path\n"
         "  name the tokenizer that made the corpus, or tokenize the text again; --tokenizer-type NullTokenizer with "
         "--vocab-size takes ids as they are"
     )
+
+
+def another_made(prefix: str, tokenizer: TokenizerFacts) -> bool | None:
+    """Whether a corpus holds the ids of another tokenizer; None where nothing beside it tells."""
+    made_with = _made_with(prefix)
+    if made_with is None or tokenizer.probe is None:
+        return None
+    if made_with.get("digest") == tokenizer.digest:
+        return False
+    probe = made_with.get("probe")
+    return None if probe is None else list(tokenizer.probe) != probe
 
 
 def _made_with(prefix: str) -> dict[str, Any] | None:

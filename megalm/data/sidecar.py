@@ -13,6 +13,9 @@ from megalm.errors import DataError
 
 PIECE = 1 << 20
 
+COUNTS = ("skipped_lines", "empty_documents", "seconds")
+"""What the sidecar of a merged corpus adds up."""
+
 
 def read_sidecar(prefix: str) -> dict[str, Any] | None:
     """The description of a corpus; None where there is none, as for corpora that other tools made.
@@ -30,10 +33,33 @@ def read_sidecar(prefix: str) -> dict[str, Any] | None:
         for file in (content["files"]["bin"], content["files"]["idx"]):
             if not isinstance(file["sha256"], str) or not isinstance(file["bytes"], int):
                 raise ValueError("it holds no hashes")
+        _check_kinds(content)
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path} is damaged: {error!r}\n  delete it to use the corpus without hashes") from error
     found: dict[str, Any] = content
     return found
+
+
+def _check_kinds(content: dict[str, Any]) -> None:
+    """Refuse what would break its readers later; a part that is missing or null is fine.
+
+    Raises: ValueError.
+    """
+    tokenizer, partition = content.get("tokenizer") or {}, content.get("partition") or {}
+    kinds: list[tuple[str, Any, type | tuple[type, ...]]] = [
+        ("tokenizer", tokenizer, dict),
+        ("partition", partition, dict),
+        ("sources", content.get("sources") or [], list),
+        *((name, content.get(name) or 0, (int, float)) for name in COUNTS),
+    ]
+    if isinstance(tokenizer, dict):
+        kinds.append(("tokenizer.vocab_size", tokenizer.get("vocab_size") or 0, int))
+        kinds.append(("tokenizer.probe", tokenizer.get("probe") or [], list))
+    if isinstance(partition, dict):
+        kinds += [(f"partition.{name}", partition.get(name) or 0, int) for name in ("index", "count")]
+    for name, value, kind in kinds:
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise ValueError(f"{name} is {str(value)[:40]!r}")
 
 
 def check_index_hash(prefix: str) -> bool:

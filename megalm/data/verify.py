@@ -47,7 +47,7 @@ def verify_corpus(prefix: str, *, vocab_size: int | None = None, read: Callable[
         check_hash(index_path(prefix), sidecar["files"]["idx"], read=read)
         check_hash(tokens_path(prefix), sidecar["files"]["bin"], read=read)
         if vocab_size is None:
-            vocab_size = sidecar.get("tokenizer", {}).get("vocab_size")
+            vocab_size = (sidecar.get("tokenizer") or {}).get("vocab_size")
     indexed = IndexedDataset(prefix)
     largest = -1
     for start in range(0, indexed.num_tokens, RUN):
@@ -67,4 +67,7 @@ def _refuse(indexed: IndexedDataset, position: int, what: str) -> None:
     address = position * indexed.dtype.itemsize
     sequence = int(np.searchsorted(indexed.pointers, address, side="right")) - 1
     token = (address - int(indexed.pointers[sequence])) // indexed.dtype.itemsize
-    raise DataError(f"{tokens_path(indexed.prefix)}: the id of sequence {sequence}, token {token}, {what}")
+    raise DataError(
+        f"{tokens_path(indexed.prefix)}: the id of sequence {sequence}, token {token}, {what}\n"
+        "  another tokenizer made the corpus, or the file is damaged: name that tokenizer, or tokenize the text again"
+    )

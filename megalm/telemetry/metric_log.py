@@ -107,6 +107,8 @@ def _whole_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     except FileNotFoundError:
         raise DataError(f"there is no metrics file {path}\n  a run writes one as <save>/metrics.jsonl") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} cannot be read: {error}\n  a run writes one as <save>/metrics.jsonl") from error
     for number, line in enumerate(lines, start=1):
         if not line.endswith("\n"):
             return

@@ -20,11 +20,14 @@ def train_byte_level_bpe(
 
     The end-of-text mark has id 0, the bytes come next, then the merges in order of frequency. The result is the same
     for the same texts in the same order.
-    Raises: DataError for a vocabulary without room for the bytes, or without texts.
+    Raises: DataError for a vocabulary without room for the bytes, a mark that is text, or without texts.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
     target = Path(folder)
+    _check_mark(end_of_text)
+    if min_frequency < 0:
+        raise DataError(f"min_frequency = {min_frequency} must not be negative")
     if vocab_size <= NUM_BYTES:
         raise DataError(f"vocab_size = {vocab_size} has no room for {NUM_BYTES} bytes and {end_of_text}\n  use more")
     tokenizer = Tokenizer(models.BPE())
@@ -66,6 +69,7 @@ def train_sentencepiece(
         raise DataError("SentencePiece models need the sentencepiece package\n  pip install 'megalm[hf]'") from error
     if model_type not in ("bpe", "unigram"):
         raise DataError(f"SentencePiece model type {model_type!r} does not exist\n  types that do: bpe, unigram")
+    _check_mark(end_of_text)
     target = Path(prefix)
     target.parent.mkdir(parents=True, exist_ok=True)
     counted = _Counted(texts)
@@ -94,8 +98,14 @@ def train_sentencepiece(
     return vocab_size
 
 
+def _check_mark(end_of_text: str) -> None:
+    """Refuse a mark that texts hold by themselves: each would end a document there."""
+    if len(end_of_text.strip()) < 2:
+        raise DataError(f"end_of_text = {end_of_text!r} must be no character that text holds\n  for example: {END}")
+
+
 class _Counted:
-    """Texts, and how many there were."""
+    """Texts that are not empty, and how many there were."""
 
     def __init__(self, texts: Iterable[str]) -> None:
         self._texts = texts
@@ -103,5 +113,6 @@ class _Counted:
 
     def __iter__(self) -> Iterator[str]:
         for text in self._texts:
-            self.num_texts += 1
-            yield text
+            if text:
+                self.num_texts += 1
+                yield text

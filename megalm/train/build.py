@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from megalm.checkpoint.run_tokenizer import tokenizer_facts
 from megalm.config.checks import check
 from megalm.config.deepspeed_json import deepspeed_json, effective_zero_stage, engine_clips
 from megalm.config.root import Config
@@ -38,7 +39,7 @@ from megalm.topology.start import Launch, device_type, start, stop
 from megalm.topology.topology import Topology
 from megalm.train.compile import compile_blocks
 from megalm.train.cuda_graph import MicroBatchGraph, choose_cuda_graph
-from megalm.train.dry_run import look, tokenizer_facts
+from megalm.train.dry_run import look
 from megalm.train.engine import Engine, build_engine
 from megalm.train.evaluation import Evaluator
 from megalm.train.gradient_sums import GradientSums

@@ -7,12 +7,11 @@ import shutil
 from pathlib import Path
 
 from megalm.checkpoint.find import candidates
+from megalm.checkpoint.run_tokenizer import tokenizer_facts
 from megalm.config.deepspeed_json import deepspeed_json
 from megalm.config.root import Config
 from megalm.data.build import open_corpora
-from megalm.data.same_tokenizer import TokenizerFacts
 from megalm.errors import CheckpointError
-from megalm.tokenizers.probe import probe_ids
 from megalm.tokenizers.protocol import Tokenizer
 from megalm.train.continuing import compare
 from megalm.train.engine import check_deepspeed_keys
@@ -35,11 +34,6 @@ def look(config: Config, tokenizer: Tokenizer, *, num_parameters: int, dp_size: 
     if config.output.save is not None:
         found["save"] = _room(Path(config.output.save), num_parameters * BYTES_PER_PARAMETER[config.training.dtype])
     return found
-
-
-def tokenizer_facts(tokenizer: Tokenizer) -> TokenizerFacts:
-    """What tells whether a corpus was made with this tokenizer."""
-    return TokenizerFacts(tokenizer.name, tokenizer.vocab_size, tokenizer.digest, probe_ids(tokenizer))
 
 
 def _checkpoint(config: Config, folder: Path) -> str:

@@ -156,13 +156,49 @@ def test_nothing_is_published_if_the_proof_fails(tmp_path: Path) -> None:
 
 def test_an_export_that_is_there_is_not_overwritten(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "c", bloom_config())
-    (tmp_path / "hf").mkdir()
-    (tmp_path / "hf" / "precious").write_text("x")
+    export_checkpoint(tmp_path / "c", tmp_path / "hf")
+    (tmp_path / "hf" / "of_the_first").write_text("x")
     with pytest.raises(CheckpointError, match="exists"):
         export_checkpoint(tmp_path / "c", tmp_path / "hf")
-    assert (tmp_path / "hf" / "precious").exists()
+    assert (tmp_path / "hf" / "of_the_first").exists()
     export_checkpoint(tmp_path / "c", tmp_path / "hf", overwrite=True)
-    assert not (tmp_path / "hf" / "precious").exists()
+    assert not (tmp_path / "hf" / "of_the_first").exists()
+
+
+def test_overwriting_removes_nothing_but_an_export(tmp_path: Path) -> None:
+    run, checkpoint = tmp_path / "run", tmp_path / "run" / "global_step3"
+    write_checkpoint(checkpoint, bloom_config())
+    notes = tmp_path / "notes"
+    notes.mkdir()
+    (notes / "precious").write_text("x")
+    # Exports that someone made around checkpoints: of this one, and of others.
+    other = tmp_path / "other"
+    write_checkpoint(other / "global_step3", bloom_config())
+    for folder in (run, other):
+        (folder / "config.json").write_text("{}")
+    before = sorted(tmp_path.rglob("*"))
+    for folder in (notes, notes / "precious", run, checkpoint, other, tmp_path):
+        with pytest.raises(CheckpointError, match="removes an earlier export"):
+            export_checkpoint(checkpoint, folder, overwrite=True)
+    assert sorted(tmp_path.rglob("*")) == before
+    (tmp_path / "empty").mkdir()
+    export_checkpoint(checkpoint, tmp_path / "empty", overwrite=True)
+    assert (tmp_path / "empty" / "config.json").is_file()
+
+
+def test_an_export_takes_the_place_of_the_folder_it_is_made_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_checkpoint(tmp_path / "c", bloom_config())
+    (tmp_path / "hf").mkdir()
+    monkeypatch.chdir(tmp_path / "hf")
+    export_checkpoint(tmp_path / "c", Path("."), overwrite=True)
+    assert (tmp_path / "hf" / "config.json").is_file()
+
+
+def test_a_folder_that_cannot_be_written_is_an_answer(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "c", bloom_config())
+    too_long = "x" * 300
+    with pytest.raises(CheckpointError, match="cannot write .*File name too long"):
+        export_checkpoint(tmp_path / "c", tmp_path / too_long)
 
 
 def test_every_file_of_an_export_is_in_its_manifest(tmp_path: Path) -> None:

@@ -88,6 +88,11 @@ def test_a_hugging_face_folder_is_told_from_a_damaged_checkpoint(tmp_path: Path)
         find_checkpoint(tmp_path)
 
 
+def test_checkpoints_beside_a_hugging_face_model_are_found(folder: Path) -> None:
+    (folder / "config.json").write_text("{}")
+    assert find_checkpoint(folder) == folder / "global_step15"
+
+
 def test_a_missing_folder_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="is not a folder"):
         find_checkpoint(tmp_path / "nowhere")

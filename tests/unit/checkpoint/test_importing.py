@@ -214,3 +214,16 @@ def test_a_tensor_parallel_size_that_does_not_divide_is_refused(tmp_path: Path) 
     bloom(4, 37).save_pretrained(tmp_path / "hf")
     with pytest.raises(CheckpointError, match="vocabulary = 37"):
         import_folder(tmp_path / "hf", tmp_path / "run", tp_size=2)
+
+
+def test_a_folder_that_is_no_model_is_named(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="is no Hugging Face folder: it has no config.json"):
+        import_folder(tmp_path, tmp_path / "out")
+
+
+@pytest.mark.parametrize("place", ["file", "file/out", "x" * 300])
+def test_a_destination_that_cannot_be_written_is_an_answer(tmp_path: Path, place: str) -> None:
+    bloom().save_pretrained(tmp_path / "hf")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match="cannot write |is a file"):
+        import_folder(tmp_path / "hf", tmp_path / place)

@@ -51,7 +51,8 @@ def test_weights_alone_are_reshaped_too(tmp_path: Path) -> None:
     [
         (3, 1, "cannot be cut into 3"),
         (8, 1, "4 attention heads cannot be cut into 8 parts"),
-        (1, 3, "3 pipeline stages"),
+        (1, 3, "3 pipeline stages do not fit 2 layers\n  sizes that fit: 1 to 2"),
+        (2, 0, "parallel sizes must be at least 1"),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused_and_leave_nothing(
@@ -68,3 +69,20 @@ def test_a_step_that_is_there_is_not_overwritten(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="exists"):
         reshape_checkpoint(tmp_path / "run" / "global_step3", tmp_path / "run", tp_size=2, pp_size=1)
     assert not (tmp_path / "run" / layout.LATEST).exists()
+
+
+def test_the_sizes_that_are_named_fit_the_vocabulary_too(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "c", bloom_config(num_heads=32, vocab_size=48))
+    with pytest.raises(CheckpointError) as caught:
+        reshape_checkpoint(tmp_path / "c", tmp_path / "out", tp_size=32, pp_size=1)
+    assert str(caught.value) == (
+        "the 48 rows of vocabulary cannot be cut into 32 parts\n  tensor-parallel sizes that fit: 1, 2, 4, 8, 16"
+    )
+
+
+@pytest.mark.parametrize("place", ["file/out", "x" * 300])
+def test_a_destination_that_cannot_be_written_is_an_answer(tmp_path: Path, place: str) -> None:
+    write_checkpoint(tmp_path / "c", bloom_config())
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match="cannot write "):
+        reshape_checkpoint(tmp_path / "c", tmp_path / place, tp_size=1, pp_size=1)

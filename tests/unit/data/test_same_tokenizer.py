@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from megalm.config.data import DataConfig
-from megalm.data.build import build_datasets
+from megalm.data.build import build_datasets, open_corpora
 from megalm.data.indexed import IndexedDataset, sidecar_path
 from megalm.data.indexed_writer import IndexedWriter
 from megalm.data.same_tokenizer import TokenizerFacts, check_tokenizer
@@ -19,6 +19,7 @@ from megalm.errors import DataError
 from megalm.tokenizers.huggingface import HuggingFaceTokenizer
 from megalm.tokenizers.null import NullTokenizer
 from megalm.tokenizers.probe import PROBE, probe_ids
+from tests.support.token_files import write_by_description
 from tests.support.tokenizer_folder import write_tokenizer
 
 RUN = TokenizerFacts("tokenizer/tokenizer.json", 257, "digest", (1, 2, 3))
@@ -84,3 +85,14 @@ def test_the_probe_tells_tokenizers_apart_and_formats_not(tmp_path: Path) -> Non
     assert probe_ids(same) == probe_ids(one) != probe_ids(other)
     assert probe_ids(NullTokenizer(9)) is None
     assert one.decode(probe_ids(one) or []) == PROBE
+
+
+def test_verification_finds_ids_that_only_pad_the_vocabulary(tmp_path: Path) -> None:
+    write_by_description(tmp_path / "bare", [[[1, 2, 3, 300, 5, 6, 7, 8, 9]]])
+    data = DataConfig(seq_length=8, data_path=(str(tmp_path / "bare"),), split="1,0,0", verify_data=True)
+    words = "sequence 0, token 3, is 300, outside of the vocabulary of 257\n  another tokenizer made the corpus"
+    with pytest.raises(DataError, match=words):
+        build_datasets(data, num_samples={"train": 1}, seed=0, vocab_size=384, tokenizer=RUN)
+    with pytest.raises(DataError, match=words):
+        open_corpora(data, tokenizer=RUN)
+    build_datasets(data, num_samples={"train": 1}, seed=0, vocab_size=384)

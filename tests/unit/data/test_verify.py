@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from megalm.data.indexed_writer import IndexedWriter
+from megalm.data.merge import merge_datasets
 from megalm.data.verify import verify_corpus
 from megalm.errors import DataError
 from tests.support.token_files import write_by_description
@@ -89,3 +90,26 @@ def test_vocabulary_comes_from_the_sidecar(prefix: str) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), "tokenizer": {"vocab_size": 300}}))
     with pytest.raises(DataError, match="outside of the vocabulary of 300"):
         verify_corpus(prefix)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"tokenizer": 5},
+        {"tokenizer": {"vocab_size": "x"}},
+        {"tokenizer": {"probe": "x"}},
+        {"partition": 5},
+        {"partition": {"index": "a", "count": 2, "corpus": ""}},
+        {"sources": 5},
+        {"skipped_lines": "x"},
+    ],
+)
+def test_a_sidecar_with_parts_of_another_kind_is_damaged(
+    prefix: str, fields: dict[str, object], tmp_path: Path
+) -> None:
+    sidecar = Path(f"{prefix}.meta.json")
+    sidecar.write_text(json.dumps({**json.loads(sidecar.read_text()), **fields}))
+    for use in (verify_corpus, lambda prefix: merge_datasets([prefix], tmp_path / "merged")):
+        with pytest.raises(DataError, match=f"meta.json is damaged: .*{next(iter(fields))}"):
+            use(prefix)
+    assert not list(tmp_path.glob("merged*"))

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import torch
 
 from megalm.checkpoint import layout
 from megalm.checkpoint.durable import replace_text
+from megalm.tokenizers.train import train_byte_level_bpe
 from tests.support.checkpoints import bloom_config, gptmeg_config, write_checkpoint
 from tests.support.tokenizer_folder import write_tokenizer
 from tools import convert_checkpoint, export_hf, generate, import_hf, inspect_checkpoint, verify_checkpoint
@@ -53,6 +55,10 @@ def test_export_with_proof_then_generate_from_both_sides(run_folder: Path, capsy
         (["--top-k", "0", "--temperature", "1"], "--top-k 0 must be at least 1"),
         (["--temperature", "-1"], "--temperature -1.0 must be at least 0"),
         (["--temperature", "nan"], "--temperature nan must be at least 0"),
+        (["--temperature", "inf"], "--temperature inf must be 0, or finite"),
+        (["--temperature", "1e-300"], "--temperature 1e-300 must be 0, or finite and at least 1e-06"),
+        (["--seed", "-1"], "--seed -1 must be at least 0"),
+        (["--seed", str(2**63)], "must be less than 2^63"),
         (["--max-new-tokens", "-3"], "--max-new-tokens -3 must be at least 0"),
     ],
 )
@@ -75,6 +81,7 @@ def test_a_folder_without_a_model_is_no_hugging_face_folder(tmp_path: Path, caps
     [
         (["--save", "{run}/out", "--tensor-model-parallel-size", "0"], "parallel sizes must be at least 1"),
         (["--save", "{run}/latest", "--tensor-model-parallel-size", "2"], "latest is a file"),
+        (["--save", "{run}/latest/out", "--to-universal"], "cannot write "),
     ],
 )
 def test_a_conversion_that_cannot_be_is_refused(
@@ -101,9 +108,11 @@ def test_an_export_loads_with_its_tokenizer(run_folder: Path) -> None:
     [
         (["--load", "{run}/nowhere"], "is not a folder"),
         (["--load", "{run}", "--step", "4"], "no checkpoint of step 4; there are 3"),
+        (["--load", "{run}/global_step3", "--step", "4"], "global_step3 is one checkpoint, and not that of step 4"),
         (["--load", "{run}", "--max-shard-size", "big"], "give a size such as 5GB"),
         (["--load", "{run}", "--max-shard-size", "0"], "give a size such as 5GB"),
         (["--load", "{run}", "--tokenizer-name-or-path", "{run}"], "tokenizer"),
+        (["--load", "{run}", "--no-tokenizer", "--tokenizer-name-or-path", "{run}"], "--no-tokenizer excludes"),
     ],
 )
 def test_bad_arguments_are_one_paragraph_and_leave_nothing(
@@ -116,9 +125,25 @@ def test_bad_arguments_are_one_paragraph_and_leave_nothing(
     assert not out.exists()
 
 
+def test_workers_that_cannot_be_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--load", str(tmp_path), "--save", str(tmp_path / "out"), "--to-universal", "--workers", "0"]
+    assert convert_checkpoint.main(arguments) == 2
+    assert "--workers 0 must be at least 1" in capsys.readouterr().err
+
+
+def test_a_hugging_face_folder_is_no_damaged_checkpoint(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = run_folder.parent / "hf"
+    assert export_hf.main(["--load", str(run_folder), "--save", str(out)]) == 0
+    assert verify_checkpoint.main(["--load", str(out)]) == 5
+    assert "is a Hugging Face folder" in capsys.readouterr().err
+
+
 def test_verification_passes_a_whole_checkpoint(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert verify_checkpoint.main(["--load", str(run_folder)]) == 0
     assert "global_step3: whole" in capsys.readouterr().out
+    for step, code in (("3", 0), ("4", 5)):
+        assert verify_checkpoint.main(["--load", str(run_folder / "global_step3"), "--step", step]) == code
+    assert "global_step3 is one checkpoint, and not that of step 4" in capsys.readouterr().err
 
 
 def test_verification_finds_a_flipped_bit_nan_and_drift(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -192,3 +217,33 @@ def test_inspection_names_the_tensor_that_differs(run_folder: Path, capsys: pyte
     assert "1 tensors differ" in said
     assert "differs by up to 5.000e-01" in said
     assert said.count("h.1.mlp.dense_4h_to_h.weight") == 2  # its norm, its difference
+
+
+def test_text_goes_through_no_other_tokenizer_than_the_runs(
+    run_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = run_folder.parent
+    train_byte_level_bpe(["aa bb aa bb cc dd ee ff"] * 9, base / "larger", vocab_size=270)
+    given = ["--tokenizer-name-or-path", str(base / "larger")]
+    assert export_hf.main(["--load", str(run_folder), "--save", str(base / "hf"), *given]) == 3
+    assert "ids, and the model has 264 rows of word embedding" in capsys.readouterr().err
+    assert not (base / "hf").exists()
+    assert export_hf.main(["--load", str(run_folder), "--save", str(base / "hf")]) == 0
+    for folder in (run_folder, base / "hf"):
+        capsys.readouterr()
+        assert generate.main(["--load", str(folder), "--prompt", PROMPT, *given]) == 3
+        assert "ids, and the model has 264 rows of word embedding" in capsys.readouterr().err
+
+
+def test_nothing_is_generated_from_weights_that_are_not_there(
+    run_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("transformers")
+    out = run_folder.parent / "hf"
+    assert export_hf.main(["--load", str(run_folder), "--save", str(out)]) == 0
+    config = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps({**config, "n_layer": 3}))
+    assert generate.main(["--load", str(out), "--prompt", PROMPT]) == 5
+    said = capsys.readouterr()
+    assert "transformers reports missing keys in" in said.err
+    assert PROMPT not in said.out

@@ -80,6 +80,23 @@ def test_inspection_shows_counts_histogram_and_text(work: Path) -> None:
     assert "def function_7(x)" in said
 
 
+def test_text_is_not_decoded_with_another_tokenizer(work: Path) -> None:
+    other = work / "other_tok"
+    succeeds("train_tokenizer.py", "--input", work / "one.jsonl", "--vocab-size", 300, "--output", other)
+    done = tool("inspect_dataset.py", work / "all_text_document", "--document", 7, "--tokenizer-name-or-path", other)
+    assert done.returncode == 3
+    assert "which makes other ids of the same text than PretrainedFromHF" in done.stderr
+
+
+def test_a_tokenizer_is_not_trained_on_empty_texts(work: Path, tmp_path: Path) -> None:
+    (tmp_path / "blank.jsonl").write_text('{"text": ""}\n')
+    done = tool(
+        "train_tokenizer.py", "--input", tmp_path / "blank.jsonl", "--vocab-size", 300, "--output", tmp_path / "t"
+    )
+    assert done.returncode == 3
+    assert "no text to train a tokenizer on" in done.stderr
+
+
 def test_sentencepiece_models_are_trained_and_used(work: Path) -> None:
     pytest.importorskip("sentencepiece")
     for kind in ("bpe", "unigram"):
@@ -324,6 +341,52 @@ def test_sidecar_records_sources_tokenizer_flags_counts_and_seconds(work: Path) 
         ("inspect_dataset.py", "{w}/none", 3, "no corpus at"),
         ("gather_corpus.py", "--output {w}/x --folder {w}/none", 3, "none is not a folder"),
         ("inspect_dataset.py", "{w}/all_text_document --document 120", 3, "0 to 119"),
+        (
+            "train_tokenizer.py",
+            "--input {w}/all.jsonl --vocab-size 300 --output {w}/x --min-frequency -1",
+            3,
+            "negative",
+        ),
+        (
+            "train_tokenizer.py",
+            "--input {w}/all.jsonl --vocab-size 300 --output {w}/x --max-documents -1",
+            2,
+            "at least 1",
+        ),
+        (
+            "train_tokenizer.py",
+            "--input {w}/all.jsonl --vocab-size 300 --output {w}/x --end-of-text a",
+            3,
+            "text holds",
+        ),
+        ("gather_corpus.py", "--output {w}/x.jsonl --target-mb nan", 2, "--target-mb nan must be greater than 0"),
+        ("gather_corpus.py", "--output {w}/x.jsonl --min-mb -2", 2, "--min-mb -2.0 must be greater than 0"),
+        ("write_flags_doc.py", "{w}/all.jsonl/x.md", 2, "cannot be written: "),
+        ("verify_dataset.py", "{w}/all_text_document --vocab-size 0", 2, "--vocab-size 0 must be at least 1"),
+        (
+            "preprocess_data.py",
+            "--input {w}/all.jsonl --output-prefix {w}/x --tokenizer-model {w}/tok --json-keys text text",
+            2,
+            "names 'text' twice",
+        ),
+        (
+            "preprocess_data.py",
+            "--input {w}/all.jsonl --output-prefix {w}/x --tokenizer-model {w}/tok --json-keys a/b",
+            2,
+            "'a/b' cannot be part of a file's name",
+        ),
+        (
+            "preprocess_data.py",
+            "--input {w}/all.jsonl --output-prefix {w}/x --tokenizer-model {w}/tok --log-interval 0",
+            2,
+            "--log-interval 0 must be at least 1",
+        ),
+        (
+            "preprocess_data.py",
+            "--input {w}/all.jsonl --output-prefix {w}/x --tokenizer-model {w}/tok --workers 1025",
+            2,
+            "--workers 1025 must be at most 1,024",
+        ),
         ("inspect_dataset.py", "{w}/all_text_document --samples -1", 2, "--samples -1 must not be negative"),
         ("inspect_dataset.py", "{w}/all_text_document --max-tokens -5", 2, "--max-tokens -5 must not be negative"),
     ],

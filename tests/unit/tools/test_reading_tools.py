@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import runpy
 from pathlib import Path
 
 import pytest
 
+from megalm.data.indexed import sidecar_path
+from megalm.errors import ConfigError
 from tests.support.tiny_run import MODEL_FLAGS, TRAINING_FLAGS, write_corpus
 from tests.support.token_files import write_by_description
+from tests.support.tokenizer_folder import write_tokenizer
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -82,6 +86,8 @@ def test_tracing_shows_document_offset_and_text_of_every_piece(
         (["--steps", "21"], "goes past the last step of this run, 20"),
         (["--samples", "0", "--max-tokens", "-1"], "--max-tokens -1 must not be negative"),
         (["--samples", "x"], "neither a number nor"),
+        (["--samples", "0", "--data-parallel-size", "0"], "--data-parallel-size 0 must be at least 1"),
+        (["--samples", "159:160"], "--samples 159:160: sample 160 does not exist; the run reads 0 to 159"),
         (["--samples", "999999"], "sample 999999 does not exist"),
         (["--steps", "1", "--metrics-path", "none.jsonl"], "there is no metrics file"),
     ],
@@ -92,3 +98,24 @@ def test_ranges_that_do_not_exist_are_named(
     command_line = [*MODEL_FLAGS, *TRAINING_FLAGS, "--data-path", write_corpus(tmp_path)]
     assert tool("trace_samples", *arguments, "--no-text", "--", *command_line) != 0
     assert message in capsys.readouterr().err
+
+
+def test_tracing_decodes_with_no_other_tokenizer_than_the_corpus_was_made_with(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_tokenizer(tmp_path / "tokenizer")
+    prefix = write_corpus(tmp_path)
+    sidecar = sidecar_path(prefix)
+    made_with = {"type": "PretrainedFromHF", "digest": "another", "vocab_size": 257, "probe": [1, 2, 3]}
+    sidecar.write_text(json.dumps({**json.loads(sidecar.read_text()), "tokenizer": made_with}))
+    tokenizer = ["--tokenizer-type", "PretrainedFromHF", "--tokenizer-name-or-path", str(tmp_path / "tokenizer")]
+    command_line = [*MODEL_FLAGS, *TRAINING_FLAGS, "--data-path", prefix, *tokenizer, "--vocab-size", "257"]
+    assert tool("trace_samples", "--samples", 0, "--", *command_line) == 3
+    assert "makes other ids of the same text" in capsys.readouterr().err
+    assert tool("trace_samples", "--samples", 0, "--no-text", "--", *command_line) == 0
+
+
+def test_figures_that_cannot_be_written_are_an_answer(tmp_path: Path) -> None:
+    write = runpy.run_path(str(ROOT / "tools" / "summarise_run.py"), run_name="tool")["write_figures"]
+    with pytest.raises(ConfigError, match="the figures .*none/x.json cannot be written: No such file or directory"):
+        write(tmp_path / "none" / "x.json", {"margin": 1.0})
