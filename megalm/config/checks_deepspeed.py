@@ -24,6 +24,9 @@ def deepspeed_failures(config: Config) -> Iterator[Failure]:
             yield Failure(f"{key} = {value!r} must be a whole number greater than 0", IN_FILE, "or remove it")
     yield from _zero_blocks(config, config.deepspeed.get("zero_optimization", {}))
     yield from _instruments(config)
+    for key, without in (("prescale_gradients", False), ("gradient_predivide_factor", 1.0)):
+        if config.parallel.zero_stage == 3 and config.deepspeed.get(key, without) != without:
+            yield Failure(f"{key} cannot be combined with ZeRO-3", IN_FILE, "remove it, or --zero-stage 0, 1 or 2")
     for key in WITHOUT_MASTERS:
         if config.deepspeed.get("bf16", {}).get(key):
             yield from _of_later_stage(config, f"bf16.{key}", 2)

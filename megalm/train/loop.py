@@ -101,7 +101,8 @@ def train(run: Run) -> int:
     if run.state.step > first or run.is_complete:
         run.saver.save_last(run.state)
     unsaved = "" if run.config.output.save else "; nothing was saved, as --save names no folder"
-    run.console.info(f"stopped after step {run.state.step}: {reason.sentence}{unsaved}")
+    why = StopReason.NONE if run.is_complete else reason
+    run.console.info(f"stopped after step {run.state.step}: {why.sentence}{unsaved}")
     if run.is_complete:
         evaluate(run, run.test)
     draw_curve(run.config, run.topology)
@@ -128,6 +129,8 @@ def skip(run: Run) -> bool:
         return False
     run.batches = run.batches_from(state.consumed_samples)
     run.console.info(f"left out steps {first} to {state.step}; {state.consumed_samples} samples consumed")
+    if run.is_complete:  # No step comes after which the validation set would be evaluated a last time.
+        evaluate(run, run.validation)
     return True
 
 

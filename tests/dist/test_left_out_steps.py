@@ -58,3 +58,43 @@ def test_leaving_steps_out_survives_a_restart(tmp_path: Path) -> None:
     ((second, _, resumed),) = run_ranks(_samples_read, 1, [*saving, "--load", str(tmp_path / "run")])
     assert first + second == steps
     assert resumed == state
+
+
+class _Validations(Collector):
+    """Keeps the steps at which something was evaluated."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.evaluated: list[int] = []
+
+    def log_validation(self, step: int, consumed_samples: int, name: str, loss: float) -> None:
+        self.evaluated.append(step)
+
+
+def _evaluated(flags: list[str]) -> tuple[list[int], str]:
+    """Steps at which the validation set was evaluated, and what was printed."""
+    import contextlib
+    import io
+
+    from megalm.config.parse import parse_command_line
+    from megalm.train.build import prepare, running
+    from megalm.train.loop import train
+    from tests.support.tiny_run import MODEL_FLAGS, TRAINING_FLAGS
+
+    said = io.StringIO()
+    with (
+        contextlib.redirect_stdout(said),
+        running(prepare(parse_command_line([*MODEL_FLAGS, *TRAINING_FLAGS, *flags, "--log-level", "info"]))) as run,
+    ):
+        found = _Validations()
+        run.sinks = [found]
+        train(run)
+    return found.evaluated, said.getvalue()
+
+
+def test_a_run_whose_last_steps_are_left_out_is_evaluated_and_complete(tmp_path: Path) -> None:
+    flags = ["--data-path", write_corpus(tmp_path), "--split", "80,20,0", "--eval-iters", "1", "--eval-interval", "100"]
+    last = ["--skip-train-iteration-range", "18-20", "--exit-interval", "20"]
+    ((evaluated, said),) = run_ranks(_evaluated, 1, [*flags, *last])
+    assert evaluated == [20]
+    assert "stopped after step 20: training is complete" in said

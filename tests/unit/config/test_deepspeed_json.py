@@ -116,6 +116,13 @@ def test_instruments_that_are_off_or_work_are_accepted(tmp_path: Path) -> None:
     assert deepspeed_json(smallest(), dp_size=1)["steps_per_print"] == NEVER
 
 
+def test_what_zero3_does_not_do_is_refused_there_alone(tmp_path: Path) -> None:
+    for content in ({"prescale_gradients": True}, {"gradient_predivide_factor": 2.0}):
+        with pytest.raises(ConfigError, match="cannot be combined with ZeRO-3"):
+            with_file(tmp_path, content, "--zero-stage", "3")
+        assert with_file(tmp_path, content, "--zero-stage", "2").deepspeed == content
+
+
 def test_file_that_is_missing_or_not_json_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot read the DeepSpeed JSON"):
         smallest("--deepspeed_config", str(tmp_path / "absent.json"))
