@@ -23,7 +23,7 @@ NOOPS = (
     noop("--no-bias-dropout-fusion", "There is one result, fused or not."),
     noop(
         "--no-gradient-accumulation-fusion",
-        "Gradients of half-precision weights are accumulated in fp32 by the engine.",
+        "Gradients of bf16 weights are accumulated in fp32 by the engine.",
     ),
     noop(
         "--accumulate-allreduce-grads-in-fp32",

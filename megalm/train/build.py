@@ -46,7 +46,7 @@ from megalm.train.gradient_sums import GradientSums
 from megalm.train.kernel_choice import choose_on_all_ranks
 from megalm.train.loop import Run
 from megalm.train.optimizer import build_optimizer, check_groups_of_stages
-from megalm.train.samples import sample_counts
+from megalm.train.samples import check_samples_left, sample_counts
 from megalm.train.saver import Saver
 from megalm.train.schedule import BatchSize, LearningRate
 from megalm.train.sinks import build_profiler, open_sinks
@@ -164,6 +164,8 @@ def build(plan: Plan, topology: Topology) -> Run:
     sample_order = None if trained is None else order_digest(trained)
     saver = Saver(config, topology, engine, streams, console, sample_order=sample_order)
     state = saver.restore()
+    if trained is not None:
+        check_samples_left(config, trained, state, dp_size=topology.dp.size)
 
     def batches_from(consumed_samples: int) -> Iterator[Batch]:
         return _feed(plan, topology, datasets.train, consumed_samples=consumed_samples)

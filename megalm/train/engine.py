@@ -34,7 +34,7 @@ class StepResult:
     """What one update tells every rank."""
 
     loss: float
-    """Mean over the global batch, nats per token."""
+    """Mean over micro-batches of their means over tokens that count, nats per token."""
     grad_norm: float | None
     """2-norm of the whole model's gradient before clipping."""
     loss_scale: float | None
@@ -66,7 +66,8 @@ class Engine(ABC):
         for group in self.raw.optimizer.param_groups:
             group["lr"] = learning_rate
         skipped_before = self.raw.skipped_steps
-        loss = self._forward_backward_update(batches)
+        with _told_of_the_least_scale():
+            loss = self._forward_backward_update(batches)
         norm = self.raw.get_global_grad_norm()
         return StepResult(
             loss=loss.item(),
@@ -141,6 +142,23 @@ class DataParallelTrainingEngine(Engine):
             torch.distributed.all_reduce(loss, group=self._topology.dp.handle)
             loss /= self._topology.dp.size
         return loss
+
+
+@contextlib.contextmanager
+def _told_of_the_least_scale() -> Iterator[None]:
+    """DeepSpeed 0.19 raises a plain exception, on every rank, where fp16 gradients overflow at the least loss scale.
+
+    Raises: ConfigError in its place.
+    """
+    try:
+        yield
+    except Exception as error:
+        if "loss scale already at minimum" not in str(error):
+            raise
+        raise ConfigError(
+            "gradients overflow in fp16 although the loss scale is at its least, set by --min-loss-scale\n"
+            "  training has diverged: go on from an earlier checkpoint, with a lower --lr or --bf16"
+        ) from error
 
 
 def _as_pipeline_input(

@@ -7,7 +7,10 @@ from collections.abc import Callable, Iterator
 from megalm.config.root import Config
 from megalm.config.step_ranges import parse_step_ranges
 from megalm.data.build import Datasets, build_datasets
+from megalm.data.source import SampleSource
+from megalm.errors import ConfigError
 from megalm.train.schedule import BatchSize
+from megalm.train.state import TrainState
 
 
 def sample_counts(config: Config, *, dp_size: int) -> dict[str, int]:
@@ -32,6 +35,31 @@ def open_datasets(
         verifies=verifies,
         log=log,
     )
+
+
+def check_samples_left(config: Config, source: SampleSource, state: TrainState, *, dp_size: int) -> None:
+    """Whether the samples last to the end of a run that goes on from `state`, perhaps with another batch than before.
+
+    Raises: ConfigError if they do not: the run would end in the middle, at a step that no sample is left for.
+    """
+    training = config.training
+    batch_size = BatchSize.from_config(training, dp_size=dp_size)
+    if training.train_samples is None:
+        last = state.consumed_samples + ((training.train_iters or 0) - state.step) * batch_size.final
+    else:
+        last = state.consumed_samples
+        while last < training.train_samples:
+            ramping = last < batch_size.ramp_samples
+            steps = 1 if ramping else -(-(training.train_samples - last) // batch_size.final)
+            last += steps * batch_size.at(last)
+    if last > len(source):
+        raise ConfigError(
+            f"the run would read {last:,} samples, of which {state.consumed_samples:,} are read already, and has "
+            f"{len(source):,}\n"
+            f"  training.global_batch_size = {batch_size.final}, and the checkpoint was trained with another\n"
+            "  give the batch that it was trained with, fewer --train-iters, or --train-samples with "
+            "--override-lr-scheduler"
+        )
 
 
 def total_steps(config: Config, *, dp_size: int) -> int:

@@ -158,3 +158,34 @@ def test_deepspeeds_instruments_are_heard_if_asked_for(tmp_path: Path) -> None:
     assert mean > 0.0
     assert float(seconds) == pytest.approx(mean, rel=0.5)  # of the same ten steps, by two clocks; it had been a tenth
     assert run_ranks(_logged, 1, [*data, "training.train_iters=6"])[0] == ([], "")
+
+
+def test_a_smaller_batch_that_would_run_out_of_samples_is_refused_at_the_start(tmp_path: Path) -> None:
+    data = ["--data-path", write_corpus(tmp_path, num_documents=30), "--lr-decay-iters", "20"]
+    save = ["--save", str(tmp_path / "run")]
+    fewer = ["--global-batch-size", "4", "--load", str(tmp_path / "run"), "--allow-changed-sample-order"]
+    (outcomes,) = run_ranks(
+        run_each,
+        1,
+        {
+            "train": [*data, *save, "--train-iters", "20", "--global-batch-size", "48", "--exit-interval", "12"],
+            "go on": [*data, *fewer, "--train-iters", "20"],
+        },
+    )
+    assert outcomes["train"] == (75, "")
+    code, said = outcomes["go on"]
+    assert code == 2
+    assert "the run would read 608 samples, of which 576 are read already" in said
+
+
+def _overflowing(flags: list[str]) -> Outcome:
+    told = Exception("Current loss scale already at minimum - cannot decrease scale anymore. Exiting run.")
+    with mock.patch("megalm.train.engine.PipelineTrainingEngine._forward_backward_update", side_effect=told):
+        return run_program(flags)
+
+
+def test_gradients_that_overflow_at_the_least_scale_are_said_in_a_paragraph(tmp_path: Path) -> None:
+    code, said = run_ranks(_overflowing, 1, ["--data-path", write_corpus(tmp_path)])[0]
+    assert code == 2
+    assert "although the loss scale is at its least" in said
+    assert "Traceback" not in said

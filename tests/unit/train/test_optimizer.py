@@ -7,7 +7,10 @@ import sys
 
 import torch
 
-from megalm.train.optimizer import PlainAdamW
+from megalm.models.gpt.build import build_model, plan_gpt
+from megalm.models.gpt.weights import named_in_model
+from megalm.train.optimizer import PlainAdamW, parameter_groups
+from tests.unit.models import small
 
 WITHOUT_TRACER = """
 import sys, torch
@@ -42,3 +45,17 @@ def test_updates_are_torchs_bit_for_bit() -> None:
         results.append([parameter.detach() for parameter in parameters])
     assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
     assert torch.is_grad_enabled()
+
+
+def test_matrices_alone_decay() -> None:
+    plan = plan_gpt(small.bloom(), seq_length=16)
+    model = build_model(plan, seed=1)
+    decaying, others = parameter_groups(model, weight_decay=0.1)
+    assert (decaying["weight_decay"], others["weight_decay"]) == (0.1, 0.0)
+    names = {id(parameter): name for name, parameter in named_in_model(model, plan.shape)}
+    decay = {names[id(parameter)] for parameter in decaying["params"]}
+    rest = {names[id(parameter)] for parameter in others["params"]}
+    assert {name for name in decay if name.endswith("bias") or "layernorm" in name or "ln_f" in name} == set()
+    assert {name for name in rest if not (name.endswith("bias") or "layernorm" in name or "ln_f" in name)} == set()
+    assert decay | rest == set(names.values())
+    assert "word_embeddings.weight" in decay
