@@ -129,8 +129,8 @@ def check_groups_of_stages(optimizer: torch.optim.Optimizer, topology: Topology)
         raise ConfigError(
             f"stage {lacking[0]} holds matrices or vectors alone, which ZeRO-1 in fp32 and fp16 cannot update\n"
             "  parallel.pipeline_partition deals the layers, set by --pp-partition-method\n"
-            "  another of type:REGEX, uniform and parameters, another --pipeline-model-parallel-size; or --zero-stage 0 in "
-            "fp32, or --bf16"
+            "  another of type:REGEX, uniform and parameters, or another --pipeline-model-parallel-size; or --bf16, or "
+            "--zero-stage 0 in fp32"
         )
 
 
