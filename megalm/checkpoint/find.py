@@ -73,10 +73,13 @@ def find_checkpoint(
                 verified(Verification(num_bytes, time.monotonic() - started))
             return path
         rejected.append(f"checkpoint {path} is damaged: {'; '.join(problems[:3])}{_more(len(problems) - 3)}")
-    details = "\n".join(f"  {remark}" for remark in rejected)
-    raise CheckpointError(
-        f"no valid checkpoint in {folder}\n{details}{chr(10) if details else ''}  give the folder that a run saved to"
-    )
+    raise none_valid(folder, rejected)
+
+
+def none_valid(folder: Path, remarks: list[str]) -> CheckpointError:
+    """The error of a folder without a valid checkpoint, with what was odd about it."""
+    details = "".join(f"  {remark}\n" for remark in remarks)
+    return CheckpointError(f"no valid checkpoint in {folder}\n{details}  give the folder that a run saved to")
 
 
 def candidates(folder: Path, step: int | None, universal: bool) -> tuple[list[Path], list[str]]:

@@ -76,9 +76,8 @@ class Plan:
         """
         model, seq_length = self.config.model, self.config.data.seq_length
         batch_size = BatchSize.from_config(self.config.training, dp_size=self.dp_size)
-        training = self.config.training
         num_parameters = parameter_count(model, seq_length=seq_length)
-        steps = batch_size.steps_for(training.train_samples) if training.train_samples else training.train_iters or 0
+        steps = batch_size.steps_of(self.config.training)
         more = {
             "steps": f"{steps:,} of {'up to ' if batch_size.increment else ''}{seq_length * batch_size.final:,} tokens",
             "parameters": f"{num_parameters:,}",

@@ -8,7 +8,12 @@ from pathlib import Path
 from megalm.checkpoint.identity import read_config
 from megalm.config.compare import Difference, differences
 from megalm.config.root import Config
-from megalm.errors import ConfigError
+from megalm.errors import CheckpointError, ConfigError
+
+
+def or_afresh(error: CheckpointError) -> CheckpointError:
+    """The error of a run that finds no checkpoint, with the way on that a run has and a tool has not."""
+    return CheckpointError(f"{error}, or start from step 0 with --allow-fresh-start")
 
 
 def compare(

@@ -6,14 +6,14 @@ import os
 import shutil
 from pathlib import Path
 
-from megalm.checkpoint.find import candidates
+from megalm.checkpoint.find import candidates, none_valid
 from megalm.checkpoint.run_tokenizer import tokenizer_facts
 from megalm.config.deepspeed_json import deepspeed_json
 from megalm.config.root import Config
 from megalm.data.build import open_corpora
 from megalm.errors import CheckpointError
 from megalm.tokenizers.protocol import Tokenizer
-from megalm.train.continuing import compare
+from megalm.train.continuing import compare, or_afresh
 from megalm.train.engine import check_deepspeed_keys
 
 BYTES_PER_PARAMETER = {"fp32": 12, "bf16": 14, "fp16": 14}
@@ -42,10 +42,7 @@ def _checkpoint(config: Config, folder: Path) -> str:
     if not paths:
         if config.output.allow_fresh_start:
             return f"nothing in {folder}: the run starts from step 0, as --allow-fresh-start says"
-        raise CheckpointError(
-            f"no valid checkpoint in {folder}\n  {'; '.join(remarks)}\n"
-            "  give the folder that a run saved to, or start from step 0 with --allow-fresh-start"
-        )
+        raise or_afresh(none_valid(folder, remarks))
     said: list[str] = []
     compare(config, paths[0], info=said.append, warn=said.append)
     return "; ".join([f"{paths[0]}, whose hashes are verified when it is loaded", *said])

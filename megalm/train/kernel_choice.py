@@ -33,11 +33,12 @@ def choose_on_all_ranks(
     mine = {operation: (choice.name, choice.reason) for operation, choice in choices.items()}
     of_ranks = exchange(mine, topology.world)
     agreed = {operation: _agreed(operation, [found[operation] for found in of_ranks], console) for operation in mine}
-    if any(name != mine[operation][0] for operation, (name, _) in agreed.items()):
-        kernels, _ = choose({operation: name for operation, (name, _) in agreed.items()})
+    names = {operation: name for operation, (name, _) in agreed.items()}
+    if any(name != mine[operation][0] for operation, name in names.items()):
+        kernels, _ = choose(names)
     for operation, (name, reason) in agreed.items():
         console.info(f"{operation}: {name} ({reason})")
-    return kernels, {operation: name for operation, (name, _) in agreed.items()}
+    return kernels, names
 
 
 def _agreed(operation: str, of_ranks: list[tuple[str, str]], console: Console) -> tuple[str, str]:

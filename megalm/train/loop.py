@@ -71,10 +71,7 @@ class Run:
     @property
     def total_steps(self) -> int:
         """Steps of the whole run, those before a resume included."""
-        training = self.config.training
-        if training.train_samples is not None:
-            return self.batch_size.steps_for(training.train_samples)
-        return training.train_iters or 0
+        return self.batch_size.steps_of(self.config.training)
 
 
 def train(run: Run) -> int:

@@ -19,7 +19,7 @@ def sample_counts(config: Config, *, dp_size: int) -> dict[str, int]:
     batch_size = BatchSize.from_config(training, dp_size=dp_size)
     # What the steps of the run read, and no more: the order of samples depends on the number, and equals another
     # trainer's for the number that it asked for, train_samples or train_iters * global_batch_size.
-    steps = batch_size.steps_for(training.train_samples) if training.train_samples else training.train_iters or 0
+    steps = batch_size.steps_of(training)
     evaluated = training.eval_iters * batch_size.final if training.eval_interval or training.eval_only else 0
     return {"train": batch_size.samples_for(steps), "valid": evaluated, "test": evaluated}
 
@@ -64,10 +64,7 @@ def check_samples_left(config: Config, source: SampleSource, state: TrainState, 
 
 def total_steps(config: Config, *, dp_size: int) -> int:
     """Steps of the whole run."""
-    training = config.training
-    if training.train_samples is None:
-        return training.train_iters or 0
-    return BatchSize.from_config(training, dp_size=dp_size).steps_for(training.train_samples)
+    return BatchSize.from_config(config.training, dp_size=dp_size).steps_of(config.training)
 
 
 def samples_of_steps(config: Config, first: int, last: int, *, dp_size: int) -> Iterator[tuple[int, range]]:

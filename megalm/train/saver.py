@@ -19,7 +19,7 @@ from megalm.errors import CheckpointError, ConfigError
 from megalm.parallel.random import RngStreams
 from megalm.telemetry.console import Console
 from megalm.topology.topology import Topology
-from megalm.train.continuing import compare
+from megalm.train.continuing import compare, or_afresh
 from megalm.train.engine import Engine
 from megalm.train.state import TrainState
 
@@ -152,7 +152,7 @@ class Saver:
             )
         except CheckpointError as error:
             if not output.allow_fresh_start:
-                raise CheckpointError(f"{error}, or start from step 0 with --allow-fresh-start") from error
+                raise or_afresh(error) from error
             self.console.warning(f"{error}\n  --allow-fresh-start was given: starting from step 0")
             return TrainState()
         changed = compare(self.config, path, info=self.console.info, warn=self.console.warning)

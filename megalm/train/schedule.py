@@ -94,6 +94,12 @@ class BatchSize:
             steps += 1
         return steps + max(0, -(-(samples - consumed) // self.final))
 
+    def steps_of(self, training: TrainingConfig) -> int:
+        """Steps of the whole run, however its length was given."""
+        if training.train_samples is not None:
+            return self.steps_for(training.train_samples)
+        return training.train_iters or 0
+
     def samples_for(self, steps: int) -> int:
         """Samples that the first `steps` steps consume."""
         consumed = 0
