@@ -45,7 +45,7 @@ from megalm.train.evaluation import Evaluator
 from megalm.train.gradient_sums import GradientSums
 from megalm.train.kernel_choice import choose_on_all_ranks
 from megalm.train.loop import Run
-from megalm.train.optimizer import build_optimizer, check_groups_of_stages
+from megalm.train.optimizer import build_optimizer
 from megalm.train.samples import check_samples_left, sample_counts
 from megalm.train.saver import Saver
 from megalm.train.schedule import BatchSize, LearningRate
@@ -272,8 +272,6 @@ def _build_engine(
     graph: Callable[[Any, GradientSums], MicroBatchGraph] | None,
 ) -> Engine:
     optimizer = build_optimizer(module, config.training, topology=topology, engine_clips=engine_clips(config))
-    if config.training.dtype != "bf16" and effective_zero_stage(config) > 0:
-        check_groups_of_stages(optimizer, topology)
     gradient_sum = None
     if config.training.dtype == "bf16" and effective_zero_stage(config) == 1:
         gradient_sum = _choose_gradient_sum(config.model.hidden_size, topology, console)

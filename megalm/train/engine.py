@@ -26,7 +26,7 @@ from megalm.topology.mpu import Mpu
 from megalm.topology.topology import Topology
 from megalm.train.cuda_graph import MicroBatchGraph
 from megalm.train.gradient_sums import GradientSums, take_over_sums
-from megalm.train.optimizer import is_counted_here
+from megalm.train.optimizer import is_counted_here, join_norms
 
 
 @dataclass(frozen=True)
@@ -187,6 +187,7 @@ def build_engine(
     import deepspeed
     from deepspeed.pipe import PipelineModule
     from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
     check_deepspeed_keys(deepspeed_config, dp_size=topology.dp.size)
     _quieten_deepspeed(logging.INFO if deepspeed_config.get("dump_state") else logging.WARNING)
@@ -213,6 +214,8 @@ def build_engine(
             raw._bf16_reduce_grads = sums.average
     if not pipelined:
         return DataParallelTrainingEngine(raw, topology)
+    if isinstance(raw.optimizer, DeepSpeedZeroOptimizer):
+        join_norms(raw.optimizer, topology)
     if topology.dp.size == 1 and not raw.zero_optimization():
         # DeepSpeed would copy all gradients together and back to add up those of one replica.
         raw.pipeline_enable_backward_allreduce = False

@@ -10,7 +10,6 @@ import torch.distributed
 from torch import nn
 
 from megalm.config.training import TrainingConfig
-from megalm.errors import ConfigError
 from megalm.topology.agree import exchange
 from megalm.topology.topology import Topology
 
@@ -114,24 +113,34 @@ def is_counted_here(parameter: nn.Parameter, topology: Topology) -> bool:
     return topology.tp.is_first or bool(getattr(parameter, "tensor_model_parallel", False))
 
 
-def check_groups_of_stages(optimizer: torch.optim.Optimizer, topology: Topology) -> None:
-    """Whether every stage has parameters in the same groups, for optimizers that add up norms group by group.
+def join_norms(optimizer: Any, topology: Topology) -> None:
+    """Have every rank of DeepSpeed's ZeRO-1 take part in the norms of as many groups as the rank with most has.
 
-    DeepSpeed 0.19 leaves out empty groups, and its ZeRO-1 in fp32 and fp16 communicates once for each group: a stage
-    with the head alone, which has no vector, would leave the others waiting.
+    DeepSpeed 0.19 leaves out empty groups of parameters, and all-reduces the squares of one group after the other. A
+    last stage with the head alone has matrices and no vector, and would leave the others waiting. Which groups meet in
+    a round does not matter, as all are added up.
 
     Communicates: one all-gather of small objects over the world.
-    Raises: ConfigError, the same on every rank.
     """
-    of_ranks = exchange((topology.pp.rank, [bool(group["params"]) for group in optimizer.param_groups]), topology.world)
-    lacking = sorted({stage for stage, groups in of_ranks if not all(groups)})
-    if lacking and any(all(groups) for _, groups in of_ranks):
-        raise ConfigError(
-            f"stage {lacking[0]} holds matrices or vectors alone, which ZeRO-1 in fp32 and fp16 cannot update\n"
-            "  parallel.pipeline_partition deals the layers, set by --pp-partition-method\n"
-            "  another of type:REGEX, uniform and parameters, or another --pipeline-model-parallel-size; or --bf16, or "
-            "--zero-stage 0 in fp32"
-        )
+    from deepspeed.runtime.utils import combine_grad_norm_groups
+
+    own = len(optimizer.bit16_groups)
+    missing = max(exchange(own, topology.world)) - own
+    if not missing:
+        return
+    norm_of_own_groups = optimizer.scaled_global_norm
+
+    def norm_of_all_groups(norm_type: int = 2) -> torch.Tensor:
+        norms = [norm_of_own_groups(norm_type)]
+        for _ in range(missing):
+            if optimizer.cpu_offload:
+                norms.append(optimizer.complete_grad_norm_calculation_for_cpu_offload([]))
+            else:
+                norms.append(optimizer.get_grad_norm_direct([], []))
+        norm: torch.Tensor = combine_grad_norm_groups(norms, norm_type=norm_type)
+        return norm
+
+    optimizer.scaled_global_norm = norm_of_all_groups
 
 
 def build_optimizer(
