@@ -13,9 +13,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megalm.errors import MegalmError
+from megalm.program import program
 
 
+@program
 def main(arguments: list[str]) -> int:
     """Run the tool and return its exit code."""
     parser = argparse.ArgumentParser(
@@ -29,15 +30,11 @@ def main(arguments: list[str]) -> int:
     if options.data_parallel_size < 1:
         parser.error(f"--data-parallel-size {options.data_parallel_size} must be at least 1")
     started = time.perf_counter()
-    try:
-        from megalm.config.parse import parse_command_line
-        from megalm.train.samples import open_datasets
+    from megalm.config.parse import parse_command_line
+    from megalm.train.samples import open_datasets
 
-        config = parse_command_line(arguments[cut + 1 :])
-        datasets = open_datasets(config, dp_size=options.data_parallel_size, log=print)
-    except MegalmError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return error.exit_code
+    config = parse_command_line(arguments[cut + 1 :])
+    datasets = open_datasets(config, dp_size=options.data_parallel_size, log=print)
     print("\n".join(datasets.report))
     for warning in datasets.warnings:
         print(f"warning: {warning}", file=sys.stderr)

@@ -13,7 +13,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megalm.errors import CheckpointError, ConfigError, MegalmError
+from megalm.errors import CheckpointError, ConfigError
+from megalm.program import program
 
 
 def parser() -> argparse.ArgumentParser:
@@ -74,15 +75,12 @@ def warn(message: str) -> None:
     print(f"warning: {message}", file=sys.stderr)
 
 
+@program
 def main(arguments: list[str]) -> int:
     """Run the tool and return its exit code."""
     options = parser().parse_args(arguments)
     started = time.perf_counter()
-    try:
-        checkpoint, path = run(options)
-    except MegalmError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return error.exit_code
+    checkpoint, path = run(options)
     print(f"{checkpoint} -> {path}, {time.perf_counter() - started:.1f} s")
     return 0
 

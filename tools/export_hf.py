@@ -10,7 +10,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megalm.errors import CheckpointError, ConfigError, DataError, MegalmError
+from megalm.errors import CheckpointError, ConfigError, DataError
+from megalm.program import program
 
 
 def parser() -> argparse.ArgumentParser:
@@ -49,6 +50,8 @@ def run(options: argparse.Namespace) -> None:
 
     if options.no_tokenizer and options.tokenizer_name_or_path is not None:
         raise ConfigError("--no-tokenizer excludes --tokenizer-name-or-path\n  keep one of them")
+    if options.verify_text is not None and not (options.verify or options.verify_by_layer):
+        raise ConfigError("--verify-text is what --verify and --verify-by-layer compare on\n  pass one of them too")
     started = time.perf_counter()
     try:
         max_shard_bytes = parse_size(options.max_shard_size)
@@ -127,14 +130,11 @@ def warn(message: str) -> None:
     print(f"warning: {message}", file=sys.stderr)
 
 
+@program
 def main(arguments: list[str]) -> int:
     """Run the tool and return its exit code."""
     options = parser().parse_args(arguments)
-    try:
-        run(options)
-    except MegalmError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return error.exit_code
+    run(options)
     return 0
 
 

@@ -11,9 +11,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megalm.data.corpus import installed_folders, write_corpus
-from megalm.errors import MegalmError
+from megalm.program import program
 
 
+@program
 def main(arguments: list[str]) -> int:
     """Run the tool and return its exit code."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
@@ -33,17 +34,13 @@ def main(arguments: list[str]) -> int:
             parser.error(f"{flag} {megabytes} must be greater than 0, and a size that a disk holds")
     started = time.perf_counter()
     folders = options.folder or installed_folders()
-    try:
-        report = write_corpus(
-            options.output,
-            folders,
-            seed=options.seed,
-            target_bytes=int(options.target_mb * 1e6),
-            required_bytes=int(options.min_mb * 1e6),
-        )
-    except MegalmError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return error.exit_code
+    report = write_corpus(
+        options.output,
+        folders,
+        seed=options.seed,
+        target_bytes=int(options.target_mb * 1e6),
+        required_bytes=int(options.min_mb * 1e6),
+    )
     print(
         f"{options.output}: {report.num_documents:,} documents, {report.text_bytes / 1e6:.1f} MB of text from "
         f"{', '.join(map(str, folders))} ({report.num_duplicates:,} duplicates and {report.num_skipped:,} files "

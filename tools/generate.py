@@ -10,7 +10,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megalm.errors import CheckpointError, ConfigError, MegalmError
+from megalm.errors import CheckpointError, ConfigError
+from megalm.program import program
 
 COLDEST = 1e-6
 """Logits divided by less could leave the range of fp32."""
@@ -80,6 +81,11 @@ def run(options: argparse.Namespace) -> None:
         raise ConfigError(f"--seed {options.seed} must be less than 2^63")
     if options.temperature > 0 and not COLDEST <= options.temperature < float("inf"):
         raise ConfigError(f"--temperature {options.temperature} must be 0, or finite and at least {COLDEST}")
+    if options.top_k is not None and options.temperature == 0:
+        raise ConfigError(
+            f"--top-k {options.top_k} limits a choice at random, and --temperature 0 takes the likeliest token\n"
+            "  pass a --temperature above 0, or leave out --top-k"
+        )
     logits, tokenizer, max_length = open_model(options)
     tokens = tokenizer.encode(options.prompt)
     if not tokens:
@@ -102,14 +108,11 @@ def warn(message: str) -> None:
     print(f"warning: {message}", file=sys.stderr)
 
 
+@program
 def main(arguments: list[str]) -> int:
     """Run the tool and return its exit code."""
     options = parser().parse_args(arguments)
-    try:
-        run(options)
-    except MegalmError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return error.exit_code
+    run(options)
     return 0
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megalm.errors import MegalmError
+from megalm.program import program
 
 
 def parser() -> argparse.ArgumentParser:
@@ -24,27 +24,24 @@ def parser() -> argparse.ArgumentParser:
     return result
 
 
+@program
 def main(arguments: list[str]) -> int:
     """Run the tool and return its exit code."""
     options = parser().parse_args(arguments)
     started = time.perf_counter()
-    try:
-        from megalm.checkpoint.byte_line import ByteLine
-        from megalm.checkpoint.importing import import_folder
+    from megalm.checkpoint.byte_line import ByteLine
+    from megalm.checkpoint.importing import import_folder
 
-        line = ByteLine(sys.stderr, "importing")
-        result = import_folder(
-            options.model,
-            options.save,
-            tp_size=options.tensor_model_parallel_size,
-            pp_size=options.pipeline_model_parallel_size,
-            dtype=options.dtype,
-            progress=lambda name, count, total: line(count, total, name),
-        )
-        line.close()
-    except MegalmError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return error.exit_code
+    line = ByteLine(sys.stderr, "importing")
+    result = import_folder(
+        options.model,
+        options.save,
+        tp_size=options.tensor_model_parallel_size,
+        pp_size=options.pipeline_model_parallel_size,
+        dtype=options.dtype,
+        progress=lambda name, count, total: line(count, total, name),
+    )
+    line.close()
     print(
         f"{options.model} -> {result.path}: {result.family}, {result.num_parameters:,} parameters, "
         f"{time.perf_counter() - started:.1f} s\n"

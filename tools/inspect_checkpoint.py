@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megalm.errors import MegalmError
+from megalm.program import program
 
 KINDS = {
     "weights": re.compile(r"layer_.*|fp32\.pt"),
@@ -103,14 +103,11 @@ def warn(message: str) -> None:
     print(f"warning: {message}", file=sys.stderr)
 
 
+@program
 def main(arguments: list[str]) -> int:
     """Run the tool and return its exit code."""
     options = parser().parse_args(arguments)
-    try:
-        return run(options)
-    except MegalmError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return error.exit_code
+    return run(options)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from megalm.data.indexed import IndexedDataset
 from megalm.data.meter import Meter
 from megalm.data.statistics import document_lengths, histogram, statistics
-from megalm.errors import ConfigError, DataError, MegalmError
+from megalm.errors import ConfigError, DataError
+from megalm.program import program
 
 if TYPE_CHECKING:
     from megalm.tokenizers.protocol import Tokenizer
@@ -106,14 +107,11 @@ def tokenizer_of(options: argparse.Namespace, indexed: IndexedDataset) -> Tokeni
     return tokenizer
 
 
+@program
 def main(arguments: list[str]) -> int:
     """Run the tool and return its exit code."""
     options = parser().parse_args(arguments)
-    try:
-        run(options)
-    except MegalmError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return error.exit_code
+    run(options)
     return 0
 
 

@@ -13,7 +13,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megalm.data.merge import merge_datasets, partition_order
-from megalm.errors import DataError, MegalmError
+from megalm.errors import DataError
+from megalm.program import program
 
 
 def parser() -> argparse.ArgumentParser:
@@ -35,18 +36,15 @@ def parser() -> argparse.ArgumentParser:
     return result
 
 
+@program
 def main(arguments: list[str]) -> int:
     """Run the tool and return its exit code."""
     options = parser().parse_args(arguments)
-    try:
-        if options.multimodal:
-            raise DataError(
-                "--multimodal: corpora with a mode for each sequence are not read\n  merge them with Megatron's tool"
-            )
-        merged = merge_datasets(prefixes(options.input), options.output_prefix, overwrite=options.overwrite)
-    except MegalmError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return error.exit_code
+    if options.multimodal:
+        raise DataError(
+            "--multimodal: corpora with a mode for each sequence are not read\n  merge them with Megatron's tool"
+        )
+    merged = merge_datasets(prefixes(options.input), options.output_prefix, overwrite=options.overwrite)
     print(f"wrote {options.output_prefix}: {merged.num_documents:,} documents, {merged.num_tokens:,} tokens")
     return 0
 

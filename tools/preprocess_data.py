@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megalm.data.preprocess_flags import add_foreign_flags, notices, stored_vocab_size, tokenizer_type
-from megalm.errors import ConfigError, DataError, MegalmError
+from megalm.errors import ConfigError, DataError
+from megalm.program import EXIT_INTERRUPTED, program
 
 MOST_WORKERS = 1024
 
@@ -52,7 +53,11 @@ def parser() -> argparse.ArgumentParser:
         help="nltk's punkt, which must be installed, or rules that need nothing (punkt)",
     )
     group.add_argument("--keep-newlines", action="store_true", help="keep the white space after a sentence with it")
-    group.add_argument("--lang", default="english", help="language of the sentences (english)")
+    group.add_argument(
+        "--lang",
+        default="english",
+        help="language of the sentences; the rules know abbreviations of english alone (english)",
+    )
     add_tokenizer_flags(result)
     group = result.add_argument_group("output")
     group.add_argument("--output-prefix", required=True, help="path before _KEY_document")
@@ -239,17 +244,15 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+@program
 def main(arguments: list[str]) -> int:
     """Run the tool and return its exit code."""
     options = parser().parse_args(arguments)
     try:
         run(options)
-    except MegalmError as error:
-        say(f"{type(error).__name__}: {error}")
-        return error.exit_code
     except KeyboardInterrupt:
         say("interrupted; --resume goes on from the last journal")
-        return 130
+        return EXIT_INTERRUPTED
     return 0
 
 

@@ -12,7 +12,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megalm.errors import CheckpointError, ConfigError, MegalmError
+from megalm.errors import CheckpointError, ConfigError
+from megalm.program import program
 
 EXIT_MARGIN_MISSED = 1
 
@@ -79,13 +80,10 @@ def write_figures(path: Path, figures: dict[str, Any]) -> None:
         ) from error
 
 
+@program
 def main(arguments: list[str]) -> int:
     """Run the tool and return its exit code."""
-    try:
-        return run(parser().parse_args(arguments))
-    except MegalmError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return error.exit_code
+    return run(parser().parse_args(arguments))
 
 
 def _loss(loss: float | None) -> str:

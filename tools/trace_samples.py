@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megalm.errors import ConfigError, DataError, MegalmError
+from megalm.errors import ConfigError, DataError
+from megalm.program import program
 
 if TYPE_CHECKING:
     from megalm.config.root import Config
@@ -159,15 +160,12 @@ def bounds(text: str, flag: str, *, least: int) -> tuple[int, int]:
     return first, last
 
 
+@program
 def main(arguments: list[str]) -> int:
     """Run the tool and return its exit code."""
     cut = arguments.index("--") if "--" in arguments else len(arguments)
     options = parser().parse_args(arguments[:cut])
-    try:
-        run(options, arguments[cut + 1 :])
-    except MegalmError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return error.exit_code
+    run(options, arguments[cut + 1 :])
     return 0
 
 

@@ -10,7 +10,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megalm.errors import ConfigError, DataError, MegalmError
+from megalm.errors import ConfigError, DataError
+from megalm.program import program
 
 
 def parser() -> argparse.ArgumentParser:
@@ -77,14 +78,11 @@ def run(options: argparse.Namespace) -> None:
         )
 
 
+@program
 def main(arguments: list[str]) -> int:
     """Run the tool and return its exit code."""
     options = parser().parse_args(arguments)
-    try:
-        run(options)
-    except MegalmError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return error.exit_code
+    run(options)
     return 0
 
 

@@ -13,7 +13,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megalm.errors import CheckpointError, MegalmError
+from megalm.errors import CheckpointError
+from megalm.program import program
 
 
 def parser() -> argparse.ArgumentParser:
@@ -84,14 +85,11 @@ def chosen_checkpoints(folder: Path, step: int | None) -> list[Path]:
     return found
 
 
+@program
 def main(arguments: list[str]) -> int:
     """Run the tool and return its exit code."""
     options = parser().parse_args(arguments)
-    try:
-        return 0 if run(options) else CheckpointError.exit_code
-    except MegalmError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return error.exit_code
+    return 0 if run(options) else CheckpointError.exit_code
 
 
 if __name__ == "__main__":

@@ -17,8 +17,10 @@ from megalm.data.indexed import sidecar_path
 from megalm.data.meter import Meter
 from megalm.data.verify import bytes_to_read, verify_corpus
 from megalm.errors import DataError, MegalmError
+from megalm.program import program
 
 
+@program
 def main(arguments: list[str]) -> int:
     """Run the tool and return its exit code."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)

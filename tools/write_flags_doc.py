@@ -10,8 +10,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megalm.config.flags_doc import flags_markdown
+from megalm.program import program
 
 
+@program
 def main(arguments: list[str]) -> int:
     """Write the page and return the exit code."""
     default = Path(__file__).resolve().parent.parent / "docs" / "flags.md"

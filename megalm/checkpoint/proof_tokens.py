@@ -40,7 +40,7 @@ def real_tokens(
             "nothing to compare on: the run's corpus is not there, and neither is its tokenizer\n"
             "  give --tokenizer-name-or-path"
         )
-    ids = tokenizer.encode(text or SAMPLE_TEXT)
+    ids = tokenizer.encode(SAMPLE_TEXT if text is None else text)
     return _rows(torch.tensor(ids), num_samples=num_samples, length=length)
 
 

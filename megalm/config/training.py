@@ -24,7 +24,8 @@ class TrainingConfig:
     skip_train_iteration_range: tuple[str, ...] = option(
         (),
         doc="FIRST-LAST ...: steps that are counted, with their samples, but neither read nor trained on; both ends "
-        "included. For data that made the loss jump.",
+        "included. A save, an evaluation or a stop that falls on them is left out too. For data that made the loss "
+        "jump.",
     )
     exit_interval: int | None = option(None, doc="Save and stop at the first step that is a multiple of this.")
     exit_duration_minutes: float | None = option(None, doc="Save and stop at the first step past this many minutes.")

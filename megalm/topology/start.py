@@ -15,6 +15,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, NoReturn
 
 from megalm.errors import MegalmError, TopologyError
+from megalm.program import EXIT_INTERRUPTED
 from megalm.topology.layout import Layout
 
 if TYPE_CHECKING:
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
 
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 SECONDS_TO_SPEAK = 3.0
-EXIT_INTERRUPTED = 130
 
 
 @dataclass(frozen=True)

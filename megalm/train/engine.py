@@ -22,11 +22,12 @@ from megalm.data.batches import Batch
 from megalm.errors import ConfigError
 from megalm.kernels.gradient_sum.oracle import TorchGradientSum
 from megalm.kernels.gradient_sum.protocol import GradientSumKernel
+from megalm.topology.agree import exchange
 from megalm.topology.mpu import Mpu
 from megalm.topology.topology import Topology
 from megalm.train.cuda_graph import MicroBatchGraph
 from megalm.train.gradient_sums import GradientSums, take_over_sums
-from megalm.train.optimizer import is_counted_here, join_norms
+from megalm.train.optimizer import is_counted_here
 
 
 @dataclass(frozen=True)
@@ -215,11 +216,41 @@ def build_engine(
     if not pipelined:
         return DataParallelTrainingEngine(raw, topology)
     if isinstance(raw.optimizer, DeepSpeedZeroOptimizer):
-        join_norms(raw.optimizer, topology)
+        _join_norms(raw.optimizer, topology)
     if topology.dp.size == 1 and not raw.zero_optimization():
         # DeepSpeed would copy all gradients together and back to add up those of one replica.
         raw.pipeline_enable_backward_allreduce = False
     return PipelineTrainingEngine(raw, topology, None if sums is None or graph is None else graph(raw, sums))
+
+
+def _join_norms(optimizer: Any, topology: Topology) -> None:
+    """Have every rank of DeepSpeed's ZeRO-1 take part in the norms of as many groups as the rank with most has.
+
+    DeepSpeed 0.19 leaves out empty groups of parameters, and all-reduces the squares of one group after the other. A
+    last stage with the head alone has matrices and no vector, and would leave the others waiting. Which groups meet in
+    a round does not matter, as all are added up.
+
+    Communicates: one all-gather of small objects over the world.
+    """
+    from deepspeed.runtime.utils import combine_grad_norm_groups
+
+    own = len(optimizer.bit16_groups)
+    missing = max(exchange(own, topology.world)) - own
+    if not missing:
+        return
+    norm_of_own_groups = optimizer.scaled_global_norm
+
+    def norm_of_all_groups(norm_type: int = 2) -> torch.Tensor:
+        norms = [norm_of_own_groups(norm_type)]
+        for _ in range(missing):
+            if optimizer.cpu_offload:
+                norms.append(optimizer.complete_grad_norm_calculation_for_cpu_offload([]))
+            else:
+                norms.append(optimizer.get_grad_norm_direct([], []))
+        norm: torch.Tensor = combine_grad_norm_groups(norms, norm_type=norm_type)
+        return norm
+
+    optimizer.scaled_global_norm = norm_of_all_groups
 
 
 class _Sizes:

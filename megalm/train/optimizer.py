@@ -10,7 +10,6 @@ import torch.distributed
 from torch import nn
 
 from megalm.config.training import TrainingConfig
-from megalm.topology.agree import exchange
 from megalm.topology.topology import Topology
 
 
@@ -111,36 +110,6 @@ def is_counted_here(parameter: nn.Parameter, topology: Topology) -> bool:
     if getattr(parameter, "ds_pipe_replicated", False):
         return False
     return topology.tp.is_first or bool(getattr(parameter, "tensor_model_parallel", False))
-
-
-def join_norms(optimizer: Any, topology: Topology) -> None:
-    """Have every rank of DeepSpeed's ZeRO-1 take part in the norms of as many groups as the rank with most has.
-
-    DeepSpeed 0.19 leaves out empty groups of parameters, and all-reduces the squares of one group after the other. A
-    last stage with the head alone has matrices and no vector, and would leave the others waiting. Which groups meet in
-    a round does not matter, as all are added up.
-
-    Communicates: one all-gather of small objects over the world.
-    """
-    from deepspeed.runtime.utils import combine_grad_norm_groups
-
-    own = len(optimizer.bit16_groups)
-    missing = max(exchange(own, topology.world)) - own
-    if not missing:
-        return
-    norm_of_own_groups = optimizer.scaled_global_norm
-
-    def norm_of_all_groups(norm_type: int = 2) -> torch.Tensor:
-        norms = [norm_of_own_groups(norm_type)]
-        for _ in range(missing):
-            if optimizer.cpu_offload:
-                norms.append(optimizer.complete_grad_norm_calculation_for_cpu_offload([]))
-            else:
-                norms.append(optimizer.get_grad_norm_direct([], []))
-        norm: torch.Tensor = combine_grad_norm_groups(norms, norm_type=norm_type)
-        return norm
-
-    optimizer.scaled_global_norm = norm_of_all_groups
 
 
 def build_optimizer(

@@ -14,7 +14,7 @@ PACKAGE = ROOT / "megalm"
 # From the bottom up. Modules of one line are siblings: none imports another.
 LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"errors"}),
-    frozenset({"config"}),
+    frozenset({"config", "program"}),
     frozenset({"topology", "kernels", "telemetry"}),
     frozenset({"parallel", "data", "tokenizers"}),
     frozenset({"models"}),
@@ -25,7 +25,7 @@ LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
 # The few files that may name DeepSpeed, and the folders that need no torch at all.
 DEEPSPEED_PLACES = ("topology/", "models/*/pipeline.py", "train/engine.py", "checkpoint/engine_files.py")
-WITHOUT_TORCH = ("errors.py", "config/")
+WITHOUT_TORCH = ("errors.py", "program.py", "config/")
 # The one file that loads an optional library when it is imported, and lives without it; only kernels import that file.
 OPTIONAL_PLACES = {"triton": ("kernels/triton_language.py",)}
 

@@ -53,6 +53,7 @@ def test_export_with_proof_then_generate_from_both_sides(run_folder: Path, capsy
     "arguments, words",
     [
         (["--top-k", "0", "--temperature", "1"], "--top-k 0 must be at least 1"),
+        (["--top-k", "5"], "--top-k 5 limits a choice at random, and --temperature 0 takes the likeliest token"),
         (["--temperature", "-1"], "--temperature -1.0 must be at least 0"),
         (["--temperature", "nan"], "--temperature nan must be at least 0"),
         (["--temperature", "inf"], "--temperature inf must be 0, or finite"),
@@ -113,6 +114,8 @@ def test_an_export_loads_with_its_tokenizer(run_folder: Path) -> None:
         (["--load", "{run}", "--max-shard-size", "0"], "give a size such as 5GB"),
         (["--load", "{run}", "--tokenizer-name-or-path", "{run}"], "tokenizer"),
         (["--load", "{run}", "--no-tokenizer", "--tokenizer-name-or-path", "{run}"], "--no-tokenizer excludes"),
+        (["--load", "{run}", "--verify-text", "x"], "--verify-text is what --verify and --verify-by-layer compare on"),
+        (["--load", "{run}", "--verify", "--verify-text", ""], "nothing to compare on: the text has no tokens"),
     ],
 )
 def test_bad_arguments_are_one_paragraph_and_leave_nothing(
