@@ -230,6 +230,11 @@ def _leaves(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str,
             yield f"{prefix}{key}", value
 
 
+def passed_on(config: Config) -> list[str]:
+    """Dotted paths of the DeepSpeed keys that megalm has no field for."""
+    return [path for path, _ in _leaves(config.deepspeed)]
+
+
 def _store(target: dict[str, Any], path: str, value: Any) -> None:
     *parents, leaf = path.split(".")
     for parent in parents:

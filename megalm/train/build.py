@@ -11,11 +11,12 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed
 from torch import nn
 
 from megalm.checkpoint.run_tokenizer import tokenizer_facts
 from megalm.config.checks import check
-from megalm.config.deepspeed_json import deepspeed_json, effective_zero_stage, engine_clips
+from megalm.config.deepspeed_json import deepspeed_json, effective_zero_stage, engine_clips, passed_on
 from megalm.config.root import Config
 from megalm.config.show import dry_run_report, notes, num_processes
 from megalm.data.batches import Batch
@@ -23,7 +24,7 @@ from megalm.data.build import Datasets, build_datasets
 from megalm.data.loader import batch_iterator
 from megalm.data.order_digest import order_digest
 from megalm.data.source import SampleSource
-from megalm.errors import DataError, DeviceMemoryError
+from megalm.errors import ConfigError, DataError, DeviceMemoryError, MegalmError
 from megalm.kernels.backend import Choice, choose
 from megalm.kernels.gradient_sum.protocol import GradientSumKernel
 from megalm.models.blocks.arrangement import Spread
@@ -276,7 +277,19 @@ def _build_engine(
     if config.training.dtype == "bf16" and effective_zero_stage(config) == 1:
         gradient_sum = _choose_gradient_sum(config.model.hidden_size, topology, console)
     settings = deepspeed_json(config, dp_size=topology.dp.size)
-    return build_engine(module, optimizer, settings, topology, gradient_sum=gradient_sum, graph=graph)
+    try:
+        return build_engine(module, optimizer, settings, topology, gradient_sum=gradient_sum, graph=graph)
+    except (MegalmError, torch.OutOfMemoryError, torch.distributed.DistError):
+        raise
+    except Exception as error:  # It raises its own, RuntimeError, ValueError and AssertionError.
+        keys = passed_on(config)
+        if not keys:
+            raise
+        raise ConfigError(
+            f"DeepSpeed cannot set up its engine: {type(error).__name__}: {' '.join(str(error).split())}\n"
+            f"  it was given {', '.join(keys)}, set by --deepspeed_config\n"
+            "  correct or remove those that this is about"
+        ) from error
 
 
 def _choose_gradient_sum(hidden_size: int, topology: Topology, console: Console) -> GradientSumKernel:

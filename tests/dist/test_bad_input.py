@@ -163,6 +163,17 @@ def test_a_key_that_deepspeed_does_not_take_is_named(tmp_path: Path, content: st
     assert "Traceback" not in said + others
 
 
+def test_keys_that_deepspeed_cannot_set_up_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "deepspeed.json"
+    path.write_text('{"zero_optimization": {"offload_optimizer": {"device": "cpu"}}, "zero_force_ds_cpu_optimizer": true}')
+    flags = ["--data-path", write_corpus(tmp_path), "--zero-stage", "2", "--deepspeed_config", str(path)]
+    (code, said), (_, others) = run_ranks(run_program, 2, flags, timeout=60.0)
+    assert code == 2
+    assert "DeepSpeed cannot set up its engine: ZeRORuntimeException: " in said
+    assert "zero_optimization.offload_optimizer.device, zero_force_ds_cpu_optimizer" in said
+    assert "Traceback" not in said + others
+
+
 def test_what_fails_on_another_rank_alone_stops_all_with_its_words(tmp_path: Path) -> None:
     outcomes = run_ranks(_corpus_on_the_first_rank_only, 2, write_corpus(tmp_path), timeout=60.0)
     assert [code for code, _ in outcomes] == [3, 3]
