@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from megalm.kernels import cpu
 from megalm.kernels.alibi import alibi_slopes
+from megalm.kernels.attention import sdpa
 from megalm.kernels.attention.baddbmm import BaddbmmAttention
 from megalm.kernels.attention.protocol import AttentionCore
 from megalm.kernels.attention.sdpa import SdpaAttention
@@ -81,6 +83,32 @@ def test_core_matches_float64_forward_and_grad(
     torch.testing.assert_close(result.double(), expected, rtol=0, atol=tolerance)
     for x, reference in zip(ours, exact, strict=True):
         torch.testing.assert_close(x.grad.double(), reference.grad, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS.keys())
+@pytest.mark.parametrize("slopes", [alibi_slopes(NUM_HEADS), None], ids=["alibi", "plain"])
+def test_queries_in_blocks_match_float64_forward_and_grad(
+    slopes: Tensor | None, mask: Tensor | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sdpa, "CPU_QUERIES", 7)  # of 24: three blocks and a shorter one
+    test_core_matches_float64_forward_and_grad(SdpaAttention, slopes, mask, torch.float32, 3e-6)
+
+
+def test_queries_in_blocks_meet_no_keys_beyond_their_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[int, int]] = []
+    attend = functional.scaled_dot_product_attention
+
+    def recorded(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        seen.append((q.size(2), k.size(2)))
+        return attend(q, k, v, **options)
+
+    monkeypatch.setattr(functional, "scaled_dot_product_attention", recorded)
+    q, k, v = (x.detach() for x in example(torch.float32, b=1, s=2 * sdpa.CPU_QUERIES + 37))
+    slopes = alibi_slopes(NUM_HEADS)
+    result = SdpaAttention()(q, k, v, slopes=slopes, mask=None, dropout=0.0, training=True)
+    assert seen == [(256, 256), (256, 512), (37, 549)]
+    expected = float64_attention(q, k, v, slopes=slopes, mask=None)
+    torch.testing.assert_close(result.double(), expected, rtol=0, atol=3e-6)
 
 
 @pytest.mark.parametrize("build", CORES)
