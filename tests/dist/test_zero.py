@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -57,9 +60,18 @@ def test_zero_trains_the_model_of_one_process(
     assert_same_training(run_ranks(train_tiny, world_size, ["--data-path", corpus, *flags]), reference)
 
 
-def test_zero3_has_the_losses_of_one_process(corpus: str, reference: RankOutcome) -> None:
-    # The weights are in pieces on all ranks; the losses of 20 steps depend on every one of them.
-    for outcome in run_ranks(train_tiny, 4, ["--data-path", corpus, "--zero-stage", "3", *TP2]):
+@pytest.mark.parametrize("whole", [None, 0], ids=["small ones whole", "none whole"])
+def test_zero3_has_the_losses_of_one_process(
+    whole: int | None, corpus: str, reference: RankOutcome, tmp_path: Path
+) -> None:
+    flags = ["--data-path", corpus, "--zero-stage", "3", *TP2]
+    if whole is not None:
+        # By default parameters of up to 100,000 numbers stay whole on every rank: all of the tiny model.
+        path = tmp_path / "deepspeed.json"
+        path.write_text(json.dumps({"zero_optimization": {"stage3_param_persistence_threshold": whole}}))
+        flags += ["--deepspeed_config", str(path)]
+    # The losses of 20 steps depend on every weight.
+    for outcome in run_ranks(train_tiny, 4, flags):
         np.testing.assert_allclose(outcome.losses, reference.losses, rtol=RELATIVE)
         np.testing.assert_allclose(outcome.grad_norms, reference.grad_norms, rtol=10 * RELATIVE)
 
