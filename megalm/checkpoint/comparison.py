@@ -61,13 +61,24 @@ def tensor_differences(
             if difference is not None:
                 yield difference
             ours, theirs = next(left, None), next(right, None)
-        elif theirs is None or (ours is not None and _is_state(ours[0])):
-            assert ours is not None
+        elif ours is not None and (theirs is None or _comes_first(ours[0], theirs[0])):
             yield TensorDifference(f"{ours[0]} (in the first alone)", float("inf"), float("inf"))
             ours = next(left, None)
         else:
+            assert theirs is not None
             yield TensorDifference(f"{theirs[0]} (in the second alone)", float("inf"), float("inf"))
             theirs = next(right, None)
+
+
+def _comes_first(ours: str, theirs: str) -> bool:
+    """Whether the second checkpoint lacks the first's next tensor, rather than the first the second's.
+
+    States follow their weight in the order of their keys, and the next weight follows them.
+    """
+    if not _is_state(ours):
+        return False
+    keys = (MASTER, *MOMENTS)
+    return not _is_state(theirs) or keys.index(ours.split(" ")[-1]) < keys.index(theirs.split(" ")[-1])
 
 
 def _is_state(name: str) -> bool:

@@ -157,7 +157,7 @@ def publish_folder(temporary: Path, final: Path, *, replaced: Path) -> None:
     whole at every instant.
     """
     sync_folder(temporary)
-    if final.exists():
+    if os.path.lexists(final):
         remove_folder(replaced)
         rename(final, replaced)
     rename(temporary, final)
@@ -166,15 +166,20 @@ def publish_folder(temporary: Path, final: Path, *, replaced: Path) -> None:
 
 
 def remove_folder(path: Path) -> None:
-    """Remove a folder; none there is fine. It loses its name first, so that no half of it is taken for a whole."""
+    """Remove a folder; none there is fine. It loses its name first, so that no half of it is taken for a whole.
+
+    Of a link to a folder, the link alone is removed.
+    """
+    if path.is_symlink():
+        unlink(path)
+        return
     if not path.exists():
         return
     doomed = path.with_name(path.name + ".removed.tmp")
     if path.name.endswith(".tmp"):
         doomed = path
     else:
-        if doomed.exists():
-            remove_tree(doomed)
+        remove_folder(doomed)
         rename(path, doomed)
     remove_tree(doomed)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,9 +17,9 @@ from megalm.checkpoint import layout
 from megalm.checkpoint.durable import (
     FileRecord,
     make_folder,
+    publish_folder,
     remove_folder,
     rename,
-    sync_folder,
     write_text,
     writing_to,
 )
@@ -28,9 +27,9 @@ from megalm.checkpoint.file_ranges import BlockReader, offsets_in_file
 from megalm.checkpoint.huggingface import Renamed, family_of, model_config, renamed, unchanged
 from megalm.checkpoint.manifest import hash_file
 from megalm.checkpoint.merge import LayerFiles
-from megalm.checkpoint.retention import published_checkpoints
 from megalm.checkpoint.safetensors_file import Bytes, Entry, write_safetensors
 from megalm.checkpoint.source import open_checkpoint
+from megalm.checkpoint.tensor_files import is_finite
 from megalm.errors import CheckpointError
 from megalm.models.gpt.shape import GPTShape
 from megalm.models.gpt.weights import Weight, weight_table
@@ -85,16 +84,21 @@ def export_checkpoint(
     Raises: CheckpointError if the model cannot be expressed, the destination is there or cannot be written, or the
     checkpoint is damaged.
     """
+    target = destination.resolve()  # "." has no name, and a link stays where it is
+    # Names that nobody gives a folder of their own: what has them is of an export that was cut off.
+    temporary = target.with_name(target.name + ".unfinished-export.tmp")
+    replaced = target.with_name(target.name + ".replaced-export.tmp")
     with writing_to(destination):
-        _check_destination(destination, checkpoint, overwrite=overwrite)
+        _check_destination(target, checkpoint, overwrite=overwrite)
+        for folder in (temporary, replaced):
+            if _is_around(folder, checkpoint):
+                raise CheckpointError(f"{checkpoint} lies in {folder}, a name for what the export removes\n  rename it")
     source = open_checkpoint(checkpoint)
     shape, layers = source.shape, source.layers
     family = family_of(shape)
     chosen = DTYPES[dtype] if dtype is not None else _stored_dtype(layers)
     planned = _plan(shape, family=family, dtype=chosen)
 
-    target = Path(os.path.abspath(destination))  # "." has no name
-    temporary = target.with_name(target.name + ".tmp")
     with writing_to(destination):
         remove_folder(temporary)
         make_folder(temporary)
@@ -111,8 +115,10 @@ def export_checkpoint(
         if prove is not None:
             prove(export)
         with writing_to(destination):
-            _publish(temporary, target)
+            publish_folder(temporary, target, replaced=replaced)
     except BaseException:
+        if not target.exists() and replaced.exists():  # interrupted between the two renames
+            rename(replaced, target)
         remove_folder(temporary)
         raise
     export.folder = destination
@@ -138,18 +144,31 @@ def _check_destination(destination: Path, checkpoint: Path, *, overwrite: bool) 
         )
     if destination.exists() and not _is_export(destination, checkpoint):
         raise CheckpointError(
-            f"--overwrite removes an earlier export, and {destination} is none: it is a file, holds checkpoints, or no "
-            "config.json\n  give another folder"
+            f"--overwrite removes an earlier export, and {destination} is none, or holds other files besides\n"
+            "  give another folder"
         )
     if not destination.parent.is_dir():
         raise CheckpointError(f"{destination.parent}, which would hold the export, is not a folder")
 
 
 def _is_export(folder: Path, checkpoint: Path) -> bool:
-    """Whether nothing but a Hugging Face folder, or an empty one, would be lost with it."""
-    if not folder.is_dir() or folder.resolve() in (checkpoint.resolve(), *checkpoint.resolve().parents):
+    """Whether nothing but what an export wrote there, or nothing at all, would be lost with it."""
+    if not folder.is_dir() or _is_around(folder, checkpoint):
         return False
-    return not any(folder.iterdir()) or ((folder / "config.json").is_file() and not published_checkpoints(folder))
+    present = {path.name for path in folder.iterdir()}
+    if not present:
+        return True
+    try:
+        manifest = json.loads((folder / layout.MANIFEST).read_text(encoding="utf-8"))
+        listed = {entry["name"] for entry in manifest["files"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    return "config.json" in listed and present <= {*listed, layout.MANIFEST}
+
+
+def _is_around(folder: Path, checkpoint: Path) -> bool:
+    """Whether a checkpoint is this folder, or lies somewhere in it."""
+    return folder.resolve() in (checkpoint.resolve(), *checkpoint.resolve().parents)
 
 
 def _stored_dtype(layers: LayerFiles) -> torch.dtype:
@@ -245,6 +264,11 @@ class _Source:
         else:
             whole = torch.cat(parts, dim=weight.partition_dim or 0) if cut else parts[0]
             target.copy_(plan.renamed.to_hf(whole))
+        if not is_finite(target):
+            raise CheckpointError(
+                f"{weight.name} has values that are not finite in {_DTYPE_WORDS[plan.entry.dtype]}\n"
+                "  nothing was published; another --dtype holds larger numbers, or the run has diverged"
+            )
         yield Bytes(target, release)
 
     def _offsets_of(self, weight: Weight, rank: int, state: dict[str, Any]) -> dict[int, int]:
@@ -319,10 +343,3 @@ def _card(export: Export) -> str:
 
 def _json(content: dict[str, Any]) -> str:
     return json.dumps(content, indent=2) + "\n"
-
-
-def _publish(temporary: Path, destination: Path) -> None:
-    sync_folder(temporary)
-    remove_folder(destination)
-    rename(temporary, destination)
-    sync_folder(destination.parent)

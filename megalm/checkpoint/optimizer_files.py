@@ -224,9 +224,11 @@ def _from_plain(state: Mapping[str, Any], folder: Path) -> Iterator[tuple[str, S
     for names, group in zip(groups, optimizer["param_groups"], strict=True):
         for name, index in zip(names, group["params"], strict=True):
             own = optimizer["state"].get(index)
-            if own is not None:
-                pieces = {key: Pieces((own[key].flatten(),)) for key in MOMENTS}
-                yield name, partial(LocalState, pieces, float(own["step"]))
+            if own is None:  # before the first update
+                yield name, partial(LocalState, {}, 0.0)
+                continue
+            pieces = {key: Pieces((own[key].flatten(),)) for key in MOMENTS}
+            yield name, partial(LocalState, pieces, float(own["step"]))
 
 
 def _from_flat(states: list[dict[str, Any]]) -> Iterator[tuple[str, StateReader]]:

@@ -70,17 +70,23 @@ def prove_export(
     """
     theirs = load_pretrained(folder, dtype=torch.float64)
     ours = load_model(checkpoint, rounded_to=dtype, dtype=torch.float64)
-    difference = largest = 0.0
+    largest_difference = largest = 0.0
     for sample in tokens:
         with Widened():
             expected, actual = ours(sample[None]), theirs(sample[None]).logits
-        difference = max(difference, (expected - actual).abs().max().item())
+        if not torch.isfinite(expected).all():
+            raise CheckpointError(
+                f"the trainer's own logits are not finite with its weights in {str(dtype).removeprefix('torch.')}\n"
+                "  nothing was published; another --dtype holds larger numbers, or the run has diverged"
+            )
+        difference = (expected - actual).abs().max().item()
+        if not difference <= LOGIT_TOLERANCE:  # nor is NaN
+            raise CheckpointError(
+                f"the export's logits differ from the trainer's by {difference:.3e} in fp64, more than "
+                f"{LOGIT_TOLERANCE:.0e}\n  nothing was published; this is a defect of the export"
+            )
+        largest_difference = max(largest_difference, difference)
         largest = max(largest, expected.abs().max().item())
-    if not difference <= LOGIT_TOLERANCE:
-        raise CheckpointError(
-            f"the export's logits differ from the trainer's by {difference:.3e} in fp64, more than "
-            f"{LOGIT_TOLERANCE:.0e}\n  nothing was published; this is a defect of the export"
-        )
     prompt = tokens[0, : max(1, tokens.size(1) // 2)].tolist()
     length = ours.plan.shape.num_positions
     num_new = num_new if length is None else min(num_new, length - len(prompt))
@@ -90,4 +96,4 @@ def prove_export(
     if own != other:
         new = slice(len(prompt), None)
         raise CheckpointError(f"greedy continuations differ: {own[new]} by the trainer, {other[new]} by transformers")
-    return Proof(tokens.numel(), difference, largest, len(prompt), own, other)
+    return Proof(tokens.numel(), largest_difference, largest, len(prompt), own, other)

@@ -236,11 +236,15 @@ def loss_scaler_state(optimizer: OptimizerFiles) -> dict[str, Any]:
 
 
 def whole_state(source: Source, optimizer: OptimizerFiles, weight: Weight, key: str) -> Tensor:
-    """A state of one weight, whole; fp32 runs without ZeRO keep no second copy of the weight itself."""
-    if optimizer.exists and key in optimizer.state(weight, 0).pieces:
+    """A state of one weight, whole; fp32 runs without ZeRO keep no second copy of the weight itself, and before the
+    first update there are no moments."""
+    state = optimizer.state(weight, 0) if optimizer.exists else None
+    if state is not None and key in state.pieces:
         return optimizer.whole(weight, key)
     if key == MASTER:
         return source.layers.merge(weight, source.layers.read_layer(weight.layer)).float()
+    if state is not None and state.step == 0:
+        return torch.zeros(weight.shape)
     raise CheckpointError(f"{source.folder} has no {key} of {weight.name}")
 
 

@@ -22,6 +22,7 @@ class Retention:
 def published_checkpoints(folder: Path) -> list[tuple[int, Path]]:
     """(step, path) of every folder with a checkpoint's name, newest first; `.old` ones after their successor.
 
+    A link to a folder is one: checkpoints are moved to larger disks so.
     A folder `global_stepN.old` is a whole checkpoint that was being replaced by one of the same step when the writer
     stopped.
     """
@@ -29,7 +30,7 @@ def published_checkpoints(folder: Path) -> list[tuple[int, Path]]:
     for path in folder.iterdir():
         replaced = path.name.endswith(".old")
         step = layout.parse_step(path.name.removesuffix(".old"))
-        if step is not None and path.is_dir() and not path.is_symlink():
+        if step is not None and path.is_dir():
             found.append((step, not replaced, path))
     return [(step, path) for step, _, path in sorted(found, key=lambda entry: entry[:2], reverse=True)]
 

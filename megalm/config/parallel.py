@@ -21,7 +21,7 @@ class ParallelConfig:
         doc="Split activations outside the tensor-parallel layers along the sequence: reduce-scatter for all-reduce.",
     )
     pipeline_partition: str = option(
-        "type:transformer|embedding",
+        "type:transformer",
         doc="How layers are dealt to stages: 'parameters', 'uniform', or 'type:REGEX' over layer class names.",
     )
     recompute: str = option(

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 from megalm.config.deepspeed_json import deepspeed_json, effective_zero_stage
 from megalm.config.flags import Flag, flag_table
-from megalm.config.root import SECTIONS, Config, OptionInfo, option_table
+from megalm.config.root import DEFAULT, SECTIONS, Config, OptionInfo, option_table
 
 WIDTH = 110
 INDENT = 34
@@ -90,6 +90,10 @@ def notes(config: Config) -> list[str]:
         found.append("model.max_position_embeddings has no effect: ALiBi has no table of positions")
     if config.model.position_embedding == "alibi" and config.data.reset_position_ids:
         found.append("data.reset_position_ids has no effect: ALiBi knows distances alone")
+    dropouts = ("model.hidden_dropout", "model.attention_dropout")
+    of_a_launch_line = config.source("model.num_layers").startswith("--")  # and of no preset
+    if of_a_launch_line and all(config.source(path) == DEFAULT for path in dropouts):
+        found.append("model.hidden_dropout and model.attention_dropout are 0.0, where Megatron's default is 0.1")
     if config.training.global_batch_size is None:
         found.append("training.global_batch_size is micro_batch_size * dp: one micro-batch a step")
     return found

@@ -27,7 +27,7 @@ def validation_line(step: int, name: str, loss: float) -> str:
 
 def perplexity(loss: float) -> float:
     """exp(loss), held below e^20 as the field's logs have it, so that a diverged run can still be drawn."""
-    return math.exp(min(20.0, loss))
+    return math.exp(20.0 if loss > 20.0 else loss)  # min() would take NaN for 20
 
 
 def rate(per_second: float) -> str:

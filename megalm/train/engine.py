@@ -270,9 +270,12 @@ def check_deepspeed_keys(deepspeed_config: dict[str, Any], *, dp_size: int) -> N
     """
     from deepspeed.runtime.config import DeepSpeedConfig
 
+    # Before the processes have joined, as in a dry run, DeepSpeed takes the world for one process whatever `mpu` says,
+    # and finds that the batch does not fit it. That the sizes fit was checked with the configuration.
+    keys = {key: copy.deepcopy(value) for key, value in deepspeed_config.items() if key != "train_batch_size"}
     try:
         _quieten_deepspeed(logging.ERROR)  # What it warns of it says again when the engine is built.
-        DeepSpeedConfig(copy.deepcopy(deepspeed_config), mpu=_Sizes(dp_size))
+        DeepSpeedConfig(keys, mpu=_Sizes(dp_size))
     except Exception as refusal:  # It raises its own, pydantic's, ValueError, TypeError and AssertionError.
         said = " ".join(line.strip() for line in str(refusal).splitlines()[:3])
         raise ConfigError(

@@ -135,8 +135,10 @@ def step(run: Run) -> StepMetrics:
     """One update of the parameters, and the progress it made."""
     state = run.state
     batch_size = run.batch_size.at(state.consumed_samples)
-    progress = state.consumed_samples + batch_size if run.config.training.by_samples else state.step + 1
-    learning_rate = run.learning_rate.at(progress)
+    if run.config.training.by_samples:
+        learning_rate = run.learning_rate.at(state.consumed_samples, state.consumed_samples + batch_size)
+    else:
+        learning_rate = run.learning_rate.at(state.step, state.step + 1)
 
     batches = TimedBatches(run.batches)
     started = time.perf_counter()

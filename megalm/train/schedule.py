@@ -18,19 +18,22 @@ class LearningRate:
     decay: float
     style: str
 
-    def at(self, progress: float) -> float:
-        """Learning rate of the update that starts after `progress` steps (or samples).
+    def at(self, before: float, after: float) -> float:
+        """Learning rate of the update between two counts of steps (or samples).
 
-        The first update of a warm-up of w steps uses peak / w, not 0: an update with rate 0 is a wasted one. The same
-        rule holds in samples, where the caller passes the samples consumed once the update is done.
+        No update has rate 0, which would waste it: the first of a warm-up of w steps uses peak / w and the last the
+        peak, and the decay begins at the peak and reaches the minimum with the first update after it.
+
+        Source: Megatron-LM's schedulers, which take the count before the update; in warm-up, too, where the first then
+        has rate 0.
         """
-        if self.warmup > 0 and progress <= self.warmup:
-            return self.peak * progress / self.warmup
+        if before < self.warmup:
+            return self.peak * min(1.0, after / self.warmup)
         if self.style == "constant":
             return self.peak
-        if progress >= self.decay:
+        if before >= self.decay:
             return self.minimum
-        share = (progress - self.warmup) / (self.decay - self.warmup)
+        share = (before - self.warmup) / (self.decay - self.warmup)
         remaining = 1.0 - share if self.style == "linear" else 0.5 * (1.0 + math.cos(math.pi * share))
         return self.minimum + (self.peak - self.minimum) * remaining
 

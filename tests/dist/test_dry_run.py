@@ -68,6 +68,19 @@ def test_the_plan_is_printed_once(tmp_path: Path) -> None:
     assert "corpora     1, with" in report
 
 
+def test_replicas_and_their_stages_of_zero_have_a_plan(tmp_path: Path) -> None:
+    data = ["--data-path", write_corpus(tmp_path), "--dry-run"]
+    (tmp_path / "deepspeed.json").write_text(json.dumps({"zero_optimization": {"bogus": 1}}))
+    lines = {
+        "fp32": data,
+        "bf16": [*data, "--bf16"],
+        "ZeRO-2": [*data, "--zero-stage", "2"],
+        "bogus": [*data, "--deepspeed_config", str(tmp_path / "deepspeed.json")],
+    }
+    outcomes = run_ranks(run_each, 2, lines)[0]  # the first rank looks for all
+    assert {name: code for name, (code, _) in outcomes.items()} == {"fp32": 0, "bf16": 0, "ZeRO-2": 0, "bogus": 2}
+
+
 def test_a_checkpoint_is_evaluated_whatever_schedule_it_was_trained_with(tmp_path: Path) -> None:
     data = ["--data-path", write_corpus(tmp_path), "--split", "80,10,10"]
     outcomes = run_ranks(

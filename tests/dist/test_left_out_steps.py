@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
+from megalm.checkpoint.reshape import reshape_checkpoint
 from tests.support.ranks import run_ranks
-from tests.support.tiny_run import Collector, write_corpus
+from tests.support.tiny_run import Collector, train_tiny, write_corpus
 
 pytestmark = pytest.mark.dist
 
@@ -58,6 +59,18 @@ def test_leaving_steps_out_survives_a_restart(tmp_path: Path) -> None:
     ((second, _, resumed),) = run_ranks(_samples_read, 1, [*saving, "--load", str(tmp_path / "run")])
     assert first + second == steps
     assert resumed == state
+
+
+@pytest.mark.parametrize("stage", ["0", "1"])
+def test_a_checkpoint_before_the_first_update_continues_and_is_reshaped(stage: str, tmp_path: Path) -> None:
+    flags = ["--data-path", write_corpus(tmp_path), "--skip-train-iteration-range", "1-2", "--zero-stage", stage]
+    (unbroken,) = run_ranks(train_tiny, 1, flags)
+    saving = ["--save", str(tmp_path / "run"), "--train-iters", "2", "--lr-decay-iters", "20"]
+    run_ranks(train_tiny, 1, [*flags, *saving])
+    reshape_checkpoint(tmp_path / "run" / "global_step2", tmp_path / "tp2", tp_size=2, pp_size=1)
+    for folder in ("run", "tp2"):
+        (continued,) = run_ranks(train_tiny, 1, [*flags, "--lr-decay-iters", "20", "--load", str(tmp_path / folder)])
+        assert continued.losses == unbroken.losses
 
 
 class _Validations(Collector):

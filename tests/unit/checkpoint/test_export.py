@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from megalm.checkpoint import durable
 from megalm.checkpoint.export import export_checkpoint, parse_size
 from megalm.config.root import Config
 from megalm.errors import CheckpointError
@@ -157,12 +159,13 @@ def test_nothing_is_published_if_the_proof_fails(tmp_path: Path) -> None:
 def test_an_export_that_is_there_is_not_overwritten(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "c", bloom_config())
     export_checkpoint(tmp_path / "c", tmp_path / "hf")
-    (tmp_path / "hf" / "of_the_first").write_text("x")
+    (tmp_path / "hf" / "README.md").write_text("of the first")
     with pytest.raises(CheckpointError, match="exists"):
         export_checkpoint(tmp_path / "c", tmp_path / "hf")
-    assert (tmp_path / "hf" / "of_the_first").exists()
+    assert (tmp_path / "hf" / "README.md").read_text() == "of the first"
     export_checkpoint(tmp_path / "c", tmp_path / "hf", overwrite=True)
-    assert not (tmp_path / "hf" / "of_the_first").exists()
+    assert (tmp_path / "hf" / "README.md").read_text() != "of the first"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["c", "hf"]
 
 
 def test_overwriting_removes_nothing_but_an_export(tmp_path: Path) -> None:
@@ -176,14 +179,76 @@ def test_overwriting_removes_nothing_but_an_export(tmp_path: Path) -> None:
     write_checkpoint(other / "global_step3", bloom_config())
     for folder in (run, other):
         (folder / "config.json").write_text("{}")
+    # An export, to which someone added; and a program's folder, which has a config.json as many do.
+    added, project = tmp_path / "added", tmp_path / "project"
+    export_checkpoint(checkpoint, added)
+    (added / "notes").mkdir()
+    project.mkdir()
+    (project / "config.json").write_text("{}")
+    (project / "thesis.txt").write_text("x")
     before = sorted(tmp_path.rglob("*"))
-    for folder in (notes, notes / "precious", run, checkpoint, other, tmp_path):
+    for folder in (notes, notes / "precious", run, checkpoint, other, tmp_path, added, project):
         with pytest.raises(CheckpointError, match="removes an earlier export"):
             export_checkpoint(checkpoint, folder, overwrite=True)
     assert sorted(tmp_path.rglob("*")) == before
     (tmp_path / "empty").mkdir()
     export_checkpoint(checkpoint, tmp_path / "empty", overwrite=True)
     assert (tmp_path / "empty" / "config.json").is_file()
+
+
+def test_folders_beside_an_export_are_nobody_elses(tmp_path: Path) -> None:
+    checkpoint = tmp_path / "hf.tmp" / "global_step3"
+    write_checkpoint(checkpoint, bloom_config())
+    (tmp_path / "hf.removed.tmp").mkdir()
+    for _ in range(2):
+        export_checkpoint(checkpoint, tmp_path / "hf", overwrite=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "hf.removed.tmp", "hf.tmp"]
+    inside = tmp_path / "hf.unfinished-export.tmp"
+    write_checkpoint(inside, bloom_config())
+    with pytest.raises(CheckpointError, match="rename it"):
+        export_checkpoint(inside, tmp_path / "hf", overwrite=True)
+    assert (inside / "manifest.json").is_file()
+
+
+@pytest.mark.parametrize("call", ["rename", "remove_tree"])
+@pytest.mark.parametrize("number", [1, 2])
+def test_an_export_that_is_interrupted_leaves_a_whole_one(
+    call: str, number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_checkpoint(tmp_path / "c", bloom_config())
+    export_checkpoint(tmp_path / "c", tmp_path / "hf")
+    calls = 0
+    act = getattr(durable, call)
+
+    def interrupted(*arguments: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == number:
+            if call == "remove_tree":
+                next(iter(arguments[0].iterdir())).unlink()  # half of it is gone
+            raise KeyboardInterrupt
+        act(*arguments)
+
+    monkeypatch.setattr(durable, call, interrupted)
+    with contextlib.suppress(KeyboardInterrupt):
+        export_checkpoint(tmp_path / "c", tmp_path / "hf", overwrite=True)
+    monkeypatch.undo()
+    manifest = json.loads((tmp_path / "hf" / "manifest.json").read_text())
+    assert {path.name for path in (tmp_path / "hf").iterdir()} == {
+        "manifest.json", *(entry["name"] for entry in manifest["files"])
+    }  # fmt: skip
+    export_checkpoint(tmp_path / "c", tmp_path / "hf", overwrite=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["c", "hf"]
+
+
+def test_an_export_to_a_link_goes_where_it_leads(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "c", bloom_config())
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "hf").symlink_to(tmp_path / "disk" / "hf")
+    for _ in range(2):
+        export_checkpoint(tmp_path / "c", tmp_path / "hf", overwrite=True)
+    assert (tmp_path / "hf").is_symlink()
+    assert [path.name for path in (tmp_path / "disk").iterdir()] == ["hf"]
 
 
 def test_an_export_takes_the_place_of_the_folder_it_is_made_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from megalm.checkpoint import layout
-from megalm.checkpoint.durable import replace_text
+from megalm.checkpoint.durable import publish_folder, replace_text
 from megalm.checkpoint.find import find_checkpoint
 from megalm.checkpoint.retention import Retention, remove_outdated
 from megalm.errors import CheckpointError
@@ -53,6 +53,24 @@ def test_a_checkpoint_set_aside_by_an_interrupted_replacement_counts(folder: Pat
     (folder / "global_step15").rename(folder / "global_step15.old")
     said: list[str] = []
     assert find_checkpoint(folder, warn=said.append).name == "global_step15.old"
+
+
+def test_a_checkpoint_that_was_moved_and_linked_counts_and_is_not_lost(folder: Path) -> None:
+    elsewhere = folder / "disk"
+    elsewhere.mkdir()
+    (folder / "global_step15").rename(elsewhere / "global_step15")
+    (folder / "global_step15").symlink_to(elsewhere / "global_step15")
+    said: list[str] = []
+    assert find_checkpoint(folder, warn=said.append).name == "global_step15"
+    assert said == []
+    checkpoint(folder / "global_step15.tmp", step=15)
+    publish_folder(folder / "global_step15.tmp", folder / "global_step15", replaced=folder / "global_step15.old")
+    assert not (folder / "global_step15").is_symlink()
+    (folder / "global_step10").rename(elsewhere / "global_step10")
+    (folder / "global_step10").symlink_to(elsewhere / "global_step10")
+    remove_outdated(folder, Retention(1), newest=folder / "global_step15")
+    assert sorted(path.name for path in folder.iterdir()) == ["disk", "global_step15", "latest"]
+    assert sorted(path.name for path in elsewhere.iterdir()) == ["global_step10", "global_step15"]
 
 
 def test_unfinished_folders_are_never_candidates(folder: Path) -> None:

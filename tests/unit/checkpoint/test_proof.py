@@ -35,6 +35,32 @@ def test_a_true_export_is_proved_in_either_way(tmp_path: Path, prove: Any, confi
     assert "48 tokens" in str(proof)
 
 
+def test_logits_that_are_not_finite_prove_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from safetensors.torch import load_file, save_file
+
+    from megalm.checkpoint import proof
+
+    write_checkpoint(tmp_path / "c", bloom_config())
+    export_checkpoint(tmp_path / "c", tmp_path / "hf")
+    file = tmp_path / "hf" / "model.safetensors"
+    state = load_file(file)
+    state["transformer.ln_f.weight"][0] = float("nan")
+    save_file(state, file, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match="differ from the trainer's by nan"):
+        prove_whole(tmp_path / "hf", tmp_path / "c", torch.float32)
+
+    def diverged(*arguments: Any, **options: Any) -> Any:
+        model = load_model(*arguments, **options)
+        with torch.no_grad():
+            next(model.parameters()).fill_(float("nan"))
+        return model
+
+    load_model = proof.load_model
+    monkeypatch.setattr(proof, "load_model", diverged)
+    with pytest.raises(CheckpointError, match="own logits are not finite with its weights in float32"):
+        prove_whole(tmp_path / "hf", tmp_path / "c", torch.float32)
+
+
 @pytest.mark.parametrize("prove", [prove_whole, prove_layers])
 @pytest.mark.parametrize(
     "name",

@@ -49,3 +49,4 @@ def test_fp16_step_shows_its_scale_and_that_it_was_skipped() -> None:
 def test_validation_line_gives_loss_and_perplexity() -> None:
     assert validation_line(40, "valid", math.log(400)) == "step    40       | valid loss 5.9915 | perplexity 400"
     assert perplexity(1000.0) == math.exp(20)
+    assert math.isnan(perplexity(math.nan))

@@ -11,7 +11,8 @@ from megalm.train.schedule import BatchSize, LearningRate
 
 def test_warmup_is_linear_and_wastes_no_step() -> None:
     schedule = LearningRate(peak=1.0, minimum=0.1, warmup=4, decay=10, style="linear")
-    assert [schedule.at(step) for step in (1, 2, 3, 4)] == [0.25, 0.5, 0.75, 1.0]
+    assert [schedule.at(step, step + 1) for step in range(4)] == [0.25, 0.5, 0.75, 1.0]
+    assert schedule.at(3, 5) == schedule.at(4, 5) == 1.0
 
 
 @pytest.mark.parametrize(
@@ -19,14 +20,20 @@ def test_warmup_is_linear_and_wastes_no_step() -> None:
 )
 def test_decay_reaches_the_minimum_and_stays_there(style: str, halfway: float, end: float) -> None:
     schedule = LearningRate(peak=1.0, minimum=0.1, warmup=2, decay=10, style=style)
-    assert schedule.at(6) == pytest.approx(halfway)
-    assert schedule.at(10) == schedule.at(1000) == pytest.approx(end)
+    assert schedule.at(2, 3) == 1.0
+    assert schedule.at(6, 7) == pytest.approx(halfway)
+    assert schedule.at(10, 11) == schedule.at(1000, 1001) == pytest.approx(end)
+
+
+def test_the_last_update_of_a_decay_to_zero_is_not_wasted() -> None:
+    schedule = LearningRate(peak=1.0, minimum=0.0, warmup=0, decay=2, style="linear")
+    assert [schedule.at(step, step + 1) for step in range(2)] == [1.0, 0.5]
 
 
 def test_cosine_follows_the_cosine() -> None:
     schedule = LearningRate(peak=3.0, minimum=1.0, warmup=0, decay=8, style="cosine")
     for step in range(9):
-        assert schedule.at(step) == pytest.approx(1.0 + 2.0 * 0.5 * (1.0 + math.cos(math.pi * step / 8)))
+        assert schedule.at(step, step + 1) == pytest.approx(1.0 + 2.0 * 0.5 * (1.0 + math.cos(math.pi * step / 8)))
 
 
 def test_ramp_grows_by_the_increment_in_equal_shares_of_samples() -> None:
