@@ -38,6 +38,7 @@ def run(options: argparse.Namespace) -> tuple[Path, Path]:
     """Find and convert; returns what was read and what was written."""
     from megalm.checkpoint.byte_line import ByteLine
     from megalm.checkpoint.find import find_checkpoint
+    from megalm.checkpoint.layout import LATEST, LATEST_UNIVERSAL
     from megalm.checkpoint.reshape import reshape_checkpoint
     from megalm.checkpoint.universal_writer import write_universal
 
@@ -67,6 +68,9 @@ def run(options: argparse.Namespace) -> tuple[Path, Path]:
             progress=progress,
         )
     writing.close()
+    latest = path.parent / (LATEST_UNIVERSAL if options.to_universal else LATEST)
+    if (named := latest.read_text(encoding="utf-8").strip()) != path.name:
+        warn(f"{latest} still names the later {named}; what is made of {path.name} is loaded by --load {path}")
     return checkpoint, path
 
 

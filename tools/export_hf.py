@@ -66,7 +66,7 @@ def run(options: argparse.Namespace) -> None:
     tokenizer, given = None, options.tokenizer_name_or_path
     if given is not None or not options.no_tokenizer:
         try:
-            tokenizer = tokenizer_of_run(open_checkpoint(checkpoint), config, given=given)
+            tokenizer = tokenizer_of_run(open_checkpoint(checkpoint), config, given=given, warn=warn)
         except DataError as error:
             if given is not None:
                 raise

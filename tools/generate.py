@@ -60,7 +60,7 @@ def open_model(options: argparse.Namespace) -> tuple[Any, Any, int | None]:
     line = ByteLine(sys.stderr, "verifying")
     checkpoint = find_checkpoint(options.load, step=options.step, warn=warn, progress=line)
     line.close()
-    tokenizer = tokenizer_of_run(open_checkpoint(checkpoint), read_config(checkpoint), given=given)
+    tokenizer = tokenizer_of_run(open_checkpoint(checkpoint), read_config(checkpoint), given=given, warn=warn)
     if tokenizer is None:
         raise CheckpointError(f"{checkpoint} does not name its tokenizer\n  give --tokenizer-name-or-path")
     reading = ByteLine(sys.stderr, "reading")

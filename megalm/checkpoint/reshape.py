@@ -113,6 +113,7 @@ def check_sizes(shape: GPTShape, *, tp_size: int, pp_size: int) -> None:
 def offline_folder(destination: Path, step: int, *, latest: str = layout.LATEST) -> Iterator[Path]:
     """A folder to write a checkpoint to, which is published as `destination/global_stepN` when the block ends well.
 
+    `latest` then names it, unless it names a later step that is there.
     Raises: CheckpointError if the destination is a file, has this step already, or cannot be written.
     """
     final, temporary = destination / layout.step_folder(step), destination / layout.temporary_folder(step)
@@ -127,10 +128,20 @@ def offline_folder(destination: Path, step: int, *, latest: str = layout.LATEST)
         with writing_to(destination):
             yield temporary
             publish_folder(temporary, final, replaced=destination / layout.replaced_folder(step))
-            replace_text(destination / latest, final.name)
+            if not _names_later_step(destination / latest, step):
+                replace_text(destination / latest, final.name)
     except BaseException:
         remove_folder(temporary)
         raise
+
+
+def _names_later_step(latest: Path, step: int) -> bool:
+    try:
+        named = latest.read_text(encoding="utf-8").strip()
+    except (OSError, ValueError):
+        return False
+    later = layout.parse_step(named)
+    return later is not None and later > step and latest.with_name(named).is_dir()
 
 
 def _write_layers(

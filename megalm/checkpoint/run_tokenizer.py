@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from megalm.checkpoint.source import Source
 from megalm.config.root import Config
 from megalm.data.build import corpus_prefixes
@@ -12,9 +14,12 @@ from megalm.tokenizers.probe import probe_ids
 from megalm.tokenizers.protocol import Tokenizer
 
 
-def tokenizer_of_run(source: Source, config: Config | None, *, given: str | None = None) -> Tokenizer | None:
+def tokenizer_of_run(
+    source: Source, config: Config | None, *, given: str | None = None, warn: Callable[[str], None] | None = None
+) -> Tokenizer | None:
     """The tokenizer folder `given`, otherwise the one that the run was configured with; None where neither is known.
 
+    `warn` hears where nothing tells whether the one given made the run's corpora.
     Raises: DataError if it cannot be read, has ids that the model has no row for, or did not make the run's corpora.
     """
     if given is not None:
@@ -24,8 +29,11 @@ def tokenizer_of_run(source: Source, config: Config | None, *, given: str | None
     else:
         return None
     check_rows(tokenizer, source.shape.vocab_rows)
-    if config is not None:
-        _check_corpora(tokenizer, corpus_prefixes(config.data))
+    prefixes = corpus_prefixes(config.data) if config is not None else []
+    told = _check_corpora(tokenizer, prefixes)
+    if given is not None and not told and warn is not None:
+        missing = f"there is no {prefixes[0]}.meta.json that names theirs" if prefixes else "none are named"
+        warn(f"nothing here tells whether {tokenizer.name} made the run's corpora: {missing}")
     return tokenizer
 
 
@@ -52,8 +60,8 @@ def _ids_of_null(source: Source) -> int | None:
     return counted - 1 if isinstance(counted, int) else None
 
 
-def _check_corpora(tokenizer: Tokenizer, prefixes: list[str]) -> None:
-    """The corpora of a run were made with one tokenizer: the first that tells of it decides."""
+def _check_corpora(tokenizer: Tokenizer, prefixes: list[str]) -> bool:
+    """The corpora of a run were made with one tokenizer: the first that tells of it decides. Whether one did."""
     facts = tokenizer_facts(tokenizer)
     for prefix in prefixes:
         another = another_made(prefix, facts)
@@ -64,4 +72,5 @@ def _check_corpora(tokenizer: Tokenizer, prefixes: list[str]) -> None:
                 "  name that one: --tokenizer-name-or-path"
             )
         if another is False:
-            return
+            return True
+    return False

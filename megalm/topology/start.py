@@ -35,12 +35,19 @@ class Launch:
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Launch:
-        """Read what `deepspeed`, `torchrun` or srun set; a process without any of it is a run of one process.
+        """Read what `deepspeed`, `torchrun` or launch/slurm/task.sh set; a process without is a run of one process.
 
-        Raises: TopologyError if some of the variables are there and others are not, or one is no number.
+        Raises: TopologyError if some of the variables are there and others are not, one is no number, or srun started
+        several processes that would each be a run of its own.
         """
         present = [name for name in LAUNCHER_VARIABLES if name in environment]
         if "RANK" not in present and "WORLD_SIZE" not in present:
+            tasks = environment.get("SLURM_STEP_NUM_TASKS", "1")
+            if tasks != "1" and "SLURM_PROCID" in environment:
+                raise TopologyError(
+                    f"srun started {tasks} tasks and names no RANK, so that each would be a run of one process\n"
+                    "  start them with: srun bash launch/slurm/task.sh pretrain_gpt.py ..."
+                )
             return cls(rank=0, world_size=1, local_rank=0)
         missing = [name for name in LAUNCHER_VARIABLES if name not in environment]
         if missing:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,17 @@ def test_a_step_that_is_there_is_not_overwritten(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="exists"):
         reshape_checkpoint(tmp_path / "run" / "global_step3", tmp_path / "run", tp_size=2, pp_size=1)
     assert not (tmp_path / "run" / layout.LATEST).exists()
+
+
+def test_an_earlier_step_leaves_latest_to_a_later_one(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "run" / "global_step3", bloom_config())
+    new = tmp_path / "new"
+    for named, kept in (("global_step4", True), ("global_step2", False), ("global_step9", False)):
+        write_checkpoint(new / "global_step4", bloom_config())
+        (new / layout.LATEST).write_text(named)
+        reshape_checkpoint(tmp_path / "run" / "global_step3", new, tp_size=2, pp_size=1)
+        assert (new / layout.LATEST).read_text() == (named if kept else "global_step3")
+        shutil.rmtree(new)
 
 
 def test_the_sizes_that_are_named_fit_the_vocabulary_too(tmp_path: Path) -> None:

@@ -75,7 +75,11 @@ def test_another_one_of_the_same_size_is_refused(run: Path) -> None:
     with pytest.raises(DataError, match="makes other ids"):
         tokenizer_of_run(source, config)
     sidecar_path(str(run.parent / "corpus")).unlink()
-    assert tokenizer_of_run(source, config) is not None
+    said: list[str] = []
+    assert tokenizer_of_run(source, config, warn=said.append) is not None
+    assert said == []
+    assert tokenizer_of_run(source, config, given=str(run.parent / "other"), warn=said.append) is not None
+    assert "nothing here tells whether" in said[0]
 
 
 def test_ids_without_a_row_are_refused(tmp_path: Path) -> None:

@@ -21,6 +21,14 @@ def test_the_launcher_is_believed() -> None:
     assert Launch.from_environment(COMPLETE) == Launch(rank=3, world_size=4, local_rank=1)
 
 
+def test_tasks_of_srun_without_a_rank_are_no_runs_of_one_process() -> None:
+    tasks = {"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2"}
+    with pytest.raises(TopologyError, match="srun bash launch/slurm/task.sh"):
+        Launch.from_environment(tasks)
+    assert Launch.from_environment({**tasks, **COMPLETE}).world_size == 4
+    assert Launch.from_environment({**tasks, "SLURM_STEP_NUM_TASKS": "1"}).world_size == 1
+
+
 @pytest.mark.parametrize("missing", ["LOCAL_RANK", "MASTER_ADDR", "WORLD_SIZE"])
 def test_half_an_environment_is_refused_by_name(missing: str) -> None:
     environment = {name: value for name, value in COMPLETE.items() if name != missing}
