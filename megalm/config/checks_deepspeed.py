@@ -25,11 +25,21 @@ def deepspeed_failures(config: Config) -> Iterator[Failure]:
     yield from _zero_blocks(config, config.deepspeed.get("zero_optimization", {}))
     yield from _instruments(config)
     for key, without in (("prescale_gradients", False), ("gradient_predivide_factor", 1.0)):
-        if config.parallel.zero_stage == 3 and config.deepspeed.get(key, without) != without:
+        if config.deepspeed.get(key, without) == without:
+            continue
+        if config.parallel.zero_stage == 3:
             yield Failure(f"{key} cannot be combined with ZeRO-3", IN_FILE, "remove it, or --zero-stage 0, 1 or 2")
+        elif _sums_in_fp32(config):
+            yield Failure(f"{key} guards sums in 16 bits, and bf16 gradients are summed in fp32", IN_FILE, "remove it")
     for key in WITHOUT_MASTERS:
         if config.deepspeed.get("bf16", {}).get(key):
             yield from _of_later_stage(config, f"bf16.{key}", 2)
+
+
+def _sums_in_fp32(config: Config) -> bool:
+    """Whether replicas average the fp32 sums of gradients by `train/gradient_sums.py`."""
+    in_fp32 = config.deepspeed.get("communication_data_type", "fp32") == "fp32"
+    return config.training.dtype == "bf16" and effective_zero_stage(config) == 1 and in_fp32
 
 
 def _zero_blocks(config: Config, zero: Mapping[str, Any]) -> Iterator[Failure]:

@@ -123,6 +123,14 @@ def test_what_zero3_does_not_do_is_refused_there_alone(tmp_path: Path) -> None:
         assert with_file(tmp_path, content, "--zero-stage", "2").deepspeed == content
 
 
+def test_guards_of_16_bit_sums_are_refused_where_sums_are_fp32(tmp_path: Path) -> None:
+    for content in ({"prescale_gradients": True}, {"gradient_predivide_factor": 2.0}):
+        with pytest.raises(ConfigError, match="bf16 gradients are summed in fp32"):
+            with_file(tmp_path, content, "--bf16")
+        narrow = {**content, "communication_data_type": "bf16"}
+        assert with_file(tmp_path, narrow, "--bf16").deepspeed == narrow
+
+
 def test_file_that_is_missing_or_not_json_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot read the DeepSpeed JSON"):
         smallest("--deepspeed_config", str(tmp_path / "absent.json"))
