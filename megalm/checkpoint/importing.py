@@ -166,9 +166,25 @@ def _converted(
                 f"config.json makes it {list(form.shape)}"
             )
         own = form.from_hf(tensor)
-        yield weight, own if dtype is None else own.to(DTYPES[dtype])
+        converted = own if dtype is None else own.to(DTYPES[dtype])
+        _check_finite(converted, own, name=f"{weights.folder}: {form.name}", dtype=dtype or str(own.dtype))
+        yield weight, converted
         if progress is not None:
             progress(weight.name, 4 * weight.numel, total)
+
+
+def _check_finite(converted: Tensor, stored: Tensor, *, name: str, dtype: str) -> None:
+    if torch.isfinite(converted).all():
+        return
+    if torch.isfinite(stored).all():
+        raise CheckpointError(
+            f"{name} holds values up to {stored.abs().max().item():.3g}, which are infinity in {dtype}\n"
+            "  import it in one that holds them: --dtype fp32"
+        )
+    raise CheckpointError(
+        f"{name} holds NaN or infinity in {dtype}, and such weights are not published\n"
+        "  get the folder again, or another version of the model"
+    )
 
 
 def _write_descriptions(

@@ -115,6 +115,96 @@ def test_the_preset_describes_the_model(tmp_path: Path) -> None:
     assert config.data.tokenizer_path == str(tmp_path / "run" / "tokenizer")
 
 
+@pytest.mark.parametrize(
+    "make, renamed",
+    [
+        (bloom, {"n_head": "num_attention_heads", "hidden_size": "n_embed"}),
+        (bloom, {"n_layer": "num_hidden_layers"}),
+        (
+            gpt2,
+            {
+                "n_head": "num_attention_heads",
+                "n_layer": "num_hidden_layers",
+                "n_embd": "hidden_size",
+                "n_positions": "max_position_embeddings",
+            },
+        ),
+    ],
+)
+def test_names_that_transformers_takes_for_a_key_are_taken(tmp_path: Path, make: Any, renamed: dict[str, str]) -> None:
+    folder = tmp_path / "hf"
+    original = make()
+    original.save_pretrained(folder)
+    content = json.loads((folder / "config.json").read_text())
+    for key, other in renamed.items():
+        content[other] = content.pop(key)
+    (folder / "config.json").write_text(json.dumps(content))
+    expected = transformers.AutoConfig.from_pretrained(folder)
+    model = import_folder(folder, tmp_path / "run").model
+    assert (model.num_layers, model.num_heads, model.hidden_size) == (expected.n_layer, expected.n_head, 32)
+    assert model.num_heads == original.config.n_head
+
+
+def test_the_other_name_wins_where_both_are_there_as_in_transformers(tmp_path: Path) -> None:
+    bloom().save_pretrained(tmp_path / "hf")
+    change_config(tmp_path / "hf", num_attention_heads=2, n_embed=None)
+    assert transformers.AutoConfig.from_pretrained(tmp_path / "hf").n_head == 2
+    assert import_folder(tmp_path / "hf", tmp_path / "run").model.num_heads == 2
+
+
+@pytest.mark.parametrize("family, cls", [("bloom", "BloomConfig"), ("gpt2", "GPT2Config")])
+def test_a_key_that_is_not_there_has_transformers_default(tmp_path: Path, family: str, cls: str) -> None:
+    from megalm.checkpoint.foreign import _DEFAULTS, read_foreign_config
+
+    expected = getattr(transformers, cls)()
+    assert {key: getattr(expected, key) for key in _DEFAULTS[family]} == _DEFAULTS[family]
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": family}))
+    model = read_foreign_config(tmp_path).model
+    assert (model.num_layers, model.vocab_size) == (expected.num_hidden_layers, expected.vocab_size)
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+def test_a_single_file_is_read_before_an_index_as_by_transformers(tmp_path: Path, kind: str) -> None:
+    folder = tmp_path / "hf"
+    older, newer = bloom(seed=1), bloom(seed=2)
+    if kind == "safetensors":
+        older.save_pretrained(folder, max_shard_size="20KB")
+        newer.save_pretrained(tmp_path / "newer")
+        (tmp_path / "newer" / "model.safetensors").rename(folder / "model.safetensors")
+    else:
+        older.config.save_pretrained(folder)
+        torch.save(older.state_dict(), folder / "pytorch_model-00001-of-00001.bin")
+        weight_map = dict.fromkeys(older.state_dict(), "pytorch_model-00001-of-00001.bin")
+        index = {"metadata": {"total_size": 1}, "weight_map": weight_map}
+        (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+        torch.save(newer.state_dict(), folder / "pytorch_model.bin")
+    import_folder(folder, tmp_path / "run")
+    own = dict(load_model(find_checkpoint(tmp_path / "run")).named_parameters())
+    theirs = transformers.BloomForCausalLM.from_pretrained(folder)
+    for model in (theirs, newer):
+        assert torch.equal(own["h.1.mlp.dense_h_to_4h.weight"], model.transformer.h[1].mlp.dense_h_to_4h.weight)
+
+
+@pytest.mark.parametrize(
+    "value, dtype, words",
+    [
+        (float("nan"), None, "h.0.mlp.dense_h_to_4h.weight holds NaN or infinity in fp32"),
+        (float("-inf"), "bf16", "h.0.mlp.dense_h_to_4h.weight holds NaN or infinity in bf16"),
+        (1e6, "fp16", "h.0.mlp.dense_h_to_4h.weight holds values up to 1e.06, which are infinity in fp16"),
+    ],
+)
+def test_weights_that_are_no_numbers_are_not_published(
+    tmp_path: Path, value: float, dtype: str | None, words: str
+) -> None:
+    original = bloom()
+    with torch.no_grad():
+        original.transformer.h[0].mlp.dense_h_to_4h.weight[0, 0] = value
+    original.save_pretrained(tmp_path / "hf")
+    with pytest.raises(CheckpointError, match=words):
+        import_folder(tmp_path / "hf", tmp_path / "run", dtype=dtype)
+    assert not list(tmp_path.glob("run/*"))
+
+
 class Canary:
     """Pickles into a call that makes a file."""
 
@@ -164,7 +254,7 @@ def test_a_configuration_that_lies_is_refused_before_anything_is_written(
 
 @pytest.mark.parametrize("name", ["../model.safetensors", "/etc/passwd", "a/b", "", 7])
 def test_an_index_that_leads_out_of_the_folder_is_refused(tmp_path: Path, name: Any) -> None:
-    bloom().save_pretrained(tmp_path / "hf")
+    bloom().config.save_pretrained(tmp_path / "hf")
     (tmp_path / "hf" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": name}}))
     with pytest.raises(CheckpointError, match="no plain file name"):
         import_folder(tmp_path / "hf", tmp_path / "run")
