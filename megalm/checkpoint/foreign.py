@@ -13,6 +13,7 @@ from torch import Tensor
 from megalm.checkpoint.huggingface import BLOOM, GPT2
 from megalm.checkpoint.identity import check_sizes
 from megalm.checkpoint.manifest import check_file_name
+from megalm.checkpoint.special_ids import kept_of
 from megalm.checkpoint.tensor_files import read_tensors
 from megalm.config.model import ModelConfig
 from megalm.errors import CheckpointError
@@ -83,6 +84,8 @@ class ForeignModel:
     model: ModelConfig
     seq_length: int | None
     dtype: str | None
+    kept: Mapping[str, Any]
+    """By key of config.json: what no option says, for an export to say again."""
 
 
 def read_foreign_config(folder: Path) -> ForeignModel:
@@ -106,16 +109,17 @@ def read_foreign_config(folder: Path) -> ForeignModel:
             raise CheckpointError(
                 f"{path}: {key} = {content[key]!r} must be {expected!r}: megalm computes no other form"
             )
-    content = _as_transformers_reads(content, family=family)
+    named, content = content, _as_transformers_reads(content, family=family)
     try:
         model = _bloom(content) if family == BLOOM else _gpt2(content)
         check_sizes(model)
+        kept = kept_of(content, vocab_size=model.padded_vocab_size, named=named)
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path} describes no {family} that megalm can build: {error}") from error
     length = content.get("seq_length") if family == BLOOM else model.max_position_embeddings
     stored = content.get("dtype", content.get("torch_dtype"))
     dtype = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}.get(str(stored))
-    return ForeignModel(family, model, length if type(length) is int and 0 < length <= 2**26 else None, dtype)
+    return ForeignModel(family, model, length if type(length) is int and 0 < length <= 2**26 else None, dtype, kept)
 
 
 def _as_transformers_reads(content: Mapping[str, Any], *, family: str) -> dict[str, Any]:
@@ -132,6 +136,8 @@ def _bloom(content: Mapping[str, Any]) -> ModelConfig:
         position_embedding="alibi",
         embed_layernorm=True,
         layernorm_epsilon=_positive(content["layer_norm_epsilon"]),
+        hidden_dropout=_probability(content["hidden_dropout"]),
+        attention_dropout=_probability(content["attention_dropout"]),
         init_std=_positive(content["initializer_range"]),
         vocab_size=content["vocab_size"],
         pad_vocab_size_to=content["vocab_size"],
@@ -151,6 +157,8 @@ def _gpt2(content: Mapping[str, Any]) -> ModelConfig:
         activation=_GELUS[activation],
         tie_embeddings=bool(content["tie_word_embeddings"]),
         layernorm_epsilon=_positive(content["layer_norm_epsilon"]),
+        hidden_dropout=_probability(content["resid_pdrop"]),
+        attention_dropout=_probability(content["attn_pdrop"]),
         init_std=_positive(content["initializer_range"]),
         vocab_size=content["vocab_size"],
         pad_vocab_size_to=content["vocab_size"],
@@ -161,6 +169,13 @@ def _positive(value: Any) -> float:
     number = float(value)
     if not 0.0 < number < 1e3:
         raise ValueError(f"{value!r} must be a small positive number")
+    return number
+
+
+def _probability(value: Any) -> float:
+    number = float(value)
+    if not 0.0 <= number < 1.0:
+        raise ValueError(f"dropout {value!r} must be at least 0 and less than 1")
     return number
 
 

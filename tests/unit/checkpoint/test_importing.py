@@ -3,11 +3,14 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from megalm.checkpoint.export import export_checkpoint
 from megalm.checkpoint.find import find_checkpoint
@@ -15,6 +18,7 @@ from megalm.checkpoint.importing import import_folder
 from megalm.checkpoint.standalone import load_model
 from megalm.config.model import ModelConfig
 from megalm.errors import CheckpointError
+from tests.support.token_files import write_by_description
 
 transformers = pytest.importorskip("transformers")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -215,6 +219,97 @@ class Canary:
         return os.mkdir, (str(self.path),)
 
 
+def exported_config(folder: Path) -> Any:
+    """config.json of the export of an import of a folder, as transformers reads it."""
+    import_folder(folder, folder.parent / "run")
+    export_checkpoint(find_checkpoint(folder.parent / "run"), folder.parent / "back")
+    return transformers.AutoConfig.from_pretrained(folder.parent / "back")
+
+
+@pytest.mark.parametrize("ids", [(5, 6, 7), (None, None, None), (5, [6, 7], None)])
+@pytest.mark.parametrize(
+    "make, dropouts",
+    [
+        (bloom, {"hidden_dropout": 0.1, "attention_dropout": 0.2}),
+        (gpt2, {"resid_pdrop": 0.1, "attn_pdrop": 0.2, "embd_pdrop": 0.3}),
+    ],
+)
+def test_special_ids_and_dropouts_come_back(
+    tmp_path: Path, make: Any, dropouts: dict[str, float], ids: tuple[Any, Any, Any]
+) -> None:
+    named = dict(zip(("bos_token_id", "eos_token_id", "pad_token_id"), ids, strict=True))
+    make(**dropouts, **named).save_pretrained(tmp_path / "hf")
+    back = exported_config(tmp_path / "hf")
+    expected = {**dropouts, **named}
+    assert {name: getattr(back, name) for name in expected} == expected
+    generation = transformers.GenerationConfig.from_pretrained(tmp_path / "back")
+    assert {name: getattr(generation, name) for name in named} == named
+    preset = (tmp_path / "run" / "model.yaml").read_text()
+    assert "hidden_dropout: 0.1" in preset
+    assert "attention_dropout: 0.2" in preset
+
+
+def test_ids_that_nothing_names_are_transformers_default_where_there_is_a_row_for_it(tmp_path: Path) -> None:
+    for make, eos in ((bloom, 2), (gpt2, None)):
+        folder = tmp_path / make.__name__ / "hf"
+        make().save_pretrained(folder)
+        content = json.loads((folder / "config.json").read_text())
+        for kind in ("bos", "eos", "pad"):
+            content.pop(f"{kind}_token_id", None)
+        (folder / "config.json").write_text(json.dumps(content))
+        assert exported_config(folder).eos_token_id == eos
+
+
+def test_a_converted_import_keeps_its_ids(tmp_path: Path) -> None:
+    from megalm.checkpoint.reshape import reshape_checkpoint
+
+    gpt2(bos_token_id=5, eos_token_id=6, pad_token_id=7).save_pretrained(tmp_path / "hf")
+    import_folder(tmp_path / "hf", tmp_path / "run")
+    reshape_checkpoint(find_checkpoint(tmp_path / "run"), tmp_path / "reshaped", tp_size=2, pp_size=1)
+    export_checkpoint(find_checkpoint(tmp_path / "reshaped"), tmp_path / "back")
+    back = transformers.AutoConfig.from_pretrained(tmp_path / "back")
+    assert (back.bos_token_id, back.eos_token_id, back.pad_token_id) == (5, 6, 7)
+
+
+def dry_run(preset: Path, *arguments: str) -> str:
+    """What pretrain_gpt.py says of a preset without training."""
+    root = Path(__file__).resolve().parents[3]
+    command = [sys.executable, str(root / "pretrain_gpt.py"), "--config", str(preset), "--dry-run", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=root, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_a_preset_names_vocab_and_merges_where_there_is_no_tokenizer_json(tmp_path: Path) -> None:
+    from tokenizers import pre_tokenizers
+
+    gpt2(vocab_size=257).save_pretrained(tmp_path / "hf")
+    letters = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "<|endoftext|>"]
+    (tmp_path / "hf" / "vocab.json").write_text(json.dumps({letter: i for i, letter in enumerate(letters)}))
+    (tmp_path / "hf" / "merges.txt").write_text("#version: 0.2\n")
+    preset = import_folder(tmp_path / "hf", tmp_path / "run").preset
+    data = yaml.safe_load(preset.read_text())["data"]
+    folder = tmp_path / "run" / "tokenizer"
+    assert data["tokenizer_type"] == "GPT2BPETokenizer"
+    assert (data["vocab_file"], data["merge_file"]) == (str(folder / "vocab.json"), str(folder / "merges.txt"))
+    run = ["--micro-batch-size", "1", "--lr", "1e-3", "--train-iters", "1", "--data-path", str(tmp_path / "corpus")]
+    write_by_description(tmp_path / "corpus", [[[1, 2, 3] * 40]])
+    assert "257" in dry_run(preset, *run)
+
+
+def test_a_preset_names_the_sentencepiece_model(tmp_path: Path) -> None:
+    pytest.importorskip("sentencepiece")
+    from megalm.tokenizers.train import train_sentencepiece
+
+    texts = ["the quick brown fox jumps over the lazy dog"] * 20
+    bloom(vocab_size=300).save_pretrained(tmp_path / "hf")
+    train_sentencepiece(texts, tmp_path / "hf" / "tokenizer", vocab_size=300, model_type="bpe")
+    preset = import_folder(tmp_path / "hf", tmp_path / "run").preset
+    data = yaml.safe_load(preset.read_text())["data"]
+    model = str(tmp_path / "run" / "tokenizer" / "tokenizer.model")
+    assert data == {"tokenizer_type": "SentencePieceTokenizer", "tokenizer_path": model}
+
+
 def change_config(folder: Path, **fields: Any) -> None:
     path = folder / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
@@ -239,6 +334,8 @@ def change_config(folder: Path, **fields: Any) -> None:
         ({"n_head": 0}, "num_heads"),
         ({"layer_norm_epsilon": float("nan")}, "small positive"),
         ({"apply_residual_connection_post_layernorm": True}, "apply_residual"),
+        ({"hidden_dropout": 1.5}, "dropout 1.5 must be at least 0 and less than 1"),
+        ({"eos_token_id": "2"}, "eos_token_id = '2' must be a whole number"),
     ],
 )
 def test_a_configuration_that_lies_is_refused_before_anything_is_written(
