@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from megalm.checkpoint import layout
 from megalm.checkpoint.source import Source
 from megalm.config.root import Config
 from megalm.data.build import corpus_prefixes
 from megalm.data.same_tokenizer import TokenizerFacts, another_made
 from megalm.errors import DataError
-from megalm.tokenizers.build import build_tokenizer, open_tokenizer
+from megalm.tokenizers.build import build_tokenizer, data_fields, open_tokenizer
 from megalm.tokenizers.probe import probe_ids
 from megalm.tokenizers.protocol import Tokenizer
 
 
 def tokenizer_of_run(source: Source, config: Config | None, *, given: str | None = None) -> Tokenizer | None:
     """The tokenizer folder `given`, otherwise the one that the run was configured with; None where neither is known.
+
+    A checkpoint without a run has the tokenizer that an import put beside it.
 
     Raises: DataError if it cannot be read, has ids that the model has no row for, or did not make the run's corpora.
     """
@@ -22,7 +25,12 @@ def tokenizer_of_run(source: Source, config: Config | None, *, given: str | None
     elif config is not None:
         tokenizer = build_tokenizer(config.data, vocab_size=_ids_of_null(source))
     else:
-        return None
+        beside = data_fields(source.folder.resolve().parent / layout.TOKENIZER)
+        if not beside:
+            return None
+        kind = beside.get("tokenizer_type", "PretrainedFromHF")
+        path, vocab_file, merge_file = (beside.get(name) for name in ("tokenizer_path", "vocab_file", "merge_file"))
+        tokenizer = open_tokenizer(kind, path=path, vocab_file=vocab_file, merge_file=merge_file)
     check_rows(tokenizer, source.shape.vocab_rows)
     if config is not None:
         _check_corpora(tokenizer, corpus_prefixes(config.data))
