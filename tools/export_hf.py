@@ -71,6 +71,8 @@ def run(options: argparse.Namespace) -> None:
             if given is not None:
                 raise
             raise DataError(f"{error}\n  or give --tokenizer-name-or-path, or --no-tokenizer") from error
+        if tokenizer is None:
+            warn(f"no tokenizer is written: {checkpoint} names none; --tokenizer-name-or-path FOLDER adds one")
 
     def save_tokenizer(folder: Path) -> int | None:
         assert tokenizer is not None
@@ -84,7 +86,7 @@ def run(options: argparse.Namespace) -> None:
         from megalm.checkpoint.proof_tokens import real_tokens
         from megalm.models.gpt.weights import weight_table
 
-        length = min(config.data.seq_length if config is not None else 128, 256)
+        length = min(config.data.seq_length if config is not None else 128, export.shape.num_positions or 256, 256)
         tokens = real_tokens(
             config.data if config is not None else None,
             tokenizer,

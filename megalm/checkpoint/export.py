@@ -29,6 +29,7 @@ from megalm.checkpoint.manifest import hash_file
 from megalm.checkpoint.merge import LayerFiles
 from megalm.checkpoint.safetensors_file import Bytes, Entry, write_safetensors
 from megalm.checkpoint.source import open_checkpoint
+from megalm.checkpoint.special_ids import ids_of_tokenizer, kept_by, special_ids
 from megalm.checkpoint.tensor_files import is_finite
 from megalm.errors import CheckpointError
 from megalm.models.gpt.shape import GPTShape
@@ -51,6 +52,8 @@ class Export:
     shape: GPTShape
     step: int
     dtype: torch.dtype
+    source: Path | None = None
+    """The checkpoint."""
     num_bytes: int = 0
     files: list[FileRecord] = field(default_factory=list)
     drift: dict[str, float] = field(default_factory=dict)
@@ -201,6 +204,7 @@ def _one_torch_thread() -> Iterator[None]:
 def _write_weights(
     export: Export, layers: LayerFiles, planned: list[_Planned], *, max_shard_bytes: int, progress: Progress | None
 ) -> None:
+    export.source = layers.folder
     shards = _shards(planned, max_shard_bytes)
     total = sum(plan.entry.num_bytes for plan in planned)
     source = _Source(layers, max((plan.entry.num_bytes for plan in planned), default=0))
@@ -310,11 +314,13 @@ def _shards(planned: list[_Planned], max_shard_bytes: int) -> list[list[_Planned
 
 
 def _write_texts(export: Export, config: dict[str, Any], *, eod_id: int | None) -> None:
-    ids = {"bos_token_id": eod_id, "eos_token_id": eod_id, "pad_token_id": eod_id}
-    generation = {"_from_model_config": True, **{key: value for key, value in ids.items() if value is not None}}
+    """Write what is no weight. Ids that are not known are null: transformers would take its own defaults for them."""
+    kept = kept_by(export.source)
+    ids = special_ids(ids_of_tokenizer(export.folder, family=export.family), kept, eod_id=eod_id)
+    settings = {key: kept.get(key, value) for key, value in config.items() if value is not None}
     texts = {
-        "config.json": _json({key: value for key, value in config.items() if value is not None}),
-        "generation_config.json": _json(generation),
+        "config.json": _json({**settings, **ids}),
+        "generation_config.json": _json({"_from_model_config": True, **ids}),
         "README.md": _card(export),
     }
     for name, text in texts.items():

@@ -13,6 +13,7 @@ from torch import Tensor
 from megalm.checkpoint.huggingface import BLOOM, GPT2
 from megalm.checkpoint.identity import check_sizes
 from megalm.checkpoint.manifest import check_file_name
+from megalm.checkpoint.special_ids import kept_of
 from megalm.checkpoint.tensor_files import read_tensors
 from megalm.config.model import ModelConfig
 from megalm.errors import CheckpointError
@@ -29,6 +30,50 @@ _ONLY = {
         "add_cross_attention": False,
     },
 }
+# Other names that transformers takes for a key (its attribute_map), and that win where both are there, as with it.
+_OTHER_NAMES = {
+    BLOOM: {"num_hidden_layers": "n_layer", "num_attention_heads": "n_head", "n_embed": "hidden_size"},
+    GPT2: {
+        "num_hidden_layers": "n_layer",
+        "num_attention_heads": "n_head",
+        "hidden_size": "n_embd",
+        "max_position_embeddings": "n_positions",
+    },
+}
+# What a key that is not there means: the defaults of transformers 5.23's BloomConfig and GPT2Config.
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    BLOOM: {
+        "vocab_size": 250880,
+        "hidden_size": 64,
+        "n_layer": 2,
+        "n_head": 8,
+        "layer_norm_epsilon": 1e-5,
+        "initializer_range": 0.02,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": None,
+    },
+    GPT2: {
+        "vocab_size": 50257,
+        "n_positions": 1024,
+        "n_embd": 768,
+        "n_layer": 12,
+        "n_head": 12,
+        "n_inner": None,
+        "activation_function": "gelu_new",
+        "layer_norm_epsilon": 1e-5,
+        "initializer_range": 0.02,
+        "resid_pdrop": 0.1,
+        "embd_pdrop": 0.1,
+        "attn_pdrop": 0.1,
+        "tie_word_embeddings": True,
+        "bos_token_id": 50256,
+        "eos_token_id": 50256,
+        "pad_token_id": None,
+    },
+}
 
 
 @dataclass(frozen=True)
@@ -39,6 +84,8 @@ class ForeignModel:
     model: ModelConfig
     seq_length: int | None
     dtype: str | None
+    kept: Mapping[str, Any]
+    """By key of config.json: what no option says, for an export to say again."""
 
 
 def read_foreign_config(folder: Path) -> ForeignModel:
@@ -62,46 +109,57 @@ def read_foreign_config(folder: Path) -> ForeignModel:
             raise CheckpointError(
                 f"{path}: {key} = {content[key]!r} must be {expected!r}: megalm computes no other form"
             )
+    named, content = content, _as_transformers_reads(content, family=family)
     try:
         model = _bloom(content) if family == BLOOM else _gpt2(content)
         check_sizes(model)
+        kept = kept_of(content, vocab_size=model.padded_vocab_size, named=named)
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path} describes no {family} that megalm can build: {error}") from error
     length = content.get("seq_length") if family == BLOOM else model.max_position_embeddings
     stored = content.get("dtype", content.get("torch_dtype"))
     dtype = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}.get(str(stored))
-    return ForeignModel(family, model, length if type(length) is int and 0 < length <= 2**26 else None, dtype)
+    return ForeignModel(family, model, length if type(length) is int and 0 < length <= 2**26 else None, dtype, kept)
+
+
+def _as_transformers_reads(content: Mapping[str, Any], *, family: str) -> dict[str, Any]:
+    """The same under one name a key, with what is not there."""
+    others = {key: content[name] for name, key in _OTHER_NAMES[family].items() if content.get(name) is not None}
+    return {**_DEFAULTS[family], **content, **others}
 
 
 def _bloom(content: Mapping[str, Any]) -> ModelConfig:
-    hidden_size = content["hidden_size"] if "hidden_size" in content else content["n_embed"]
     return ModelConfig(
         num_layers=content["n_layer"],
-        hidden_size=hidden_size,
+        hidden_size=content["hidden_size"],
         num_heads=content["n_head"],
         position_embedding="alibi",
         embed_layernorm=True,
-        layernorm_epsilon=_positive(content.get("layer_norm_epsilon", 1e-5)),
-        init_std=_positive(content.get("initializer_range", 0.02)),
+        layernorm_epsilon=_positive(content["layer_norm_epsilon"]),
+        hidden_dropout=_probability(content["hidden_dropout"]),
+        attention_dropout=_probability(content["attention_dropout"]),
+        init_std=_positive(content["initializer_range"]),
         vocab_size=content["vocab_size"],
         pad_vocab_size_to=content["vocab_size"],
     )
 
 
 def _gpt2(content: Mapping[str, Any]) -> ModelConfig:
-    activation = content.get("activation_function", "gelu_new")
+    activation = content["activation_function"]
     if activation not in _GELUS:
         raise ValueError(f"activation_function = {activation!r} must be one of {', '.join(_GELUS)}")
     return ModelConfig(
         num_layers=content["n_layer"],
         hidden_size=content["n_embd"],
         num_heads=content["n_head"],
-        ffn_hidden_size=content.get("n_inner"),
+        ffn_hidden_size=content["n_inner"],
         max_position_embeddings=content["n_positions"],
         activation=_GELUS[activation],
-        tie_embeddings=bool(content.get("tie_word_embeddings", True)),
-        layernorm_epsilon=_positive(content.get("layer_norm_epsilon", 1e-5)),
-        init_std=_positive(content.get("initializer_range", 0.02)),
+        tie_embeddings=bool(content["tie_word_embeddings"]),
+        layernorm_epsilon=_positive(content["layer_norm_epsilon"]),
+        hidden_dropout=_probability(content["resid_pdrop"]),
+        attention_dropout=_probability(content["attn_pdrop"]),
+        init_std=_positive(content["initializer_range"]),
         vocab_size=content["vocab_size"],
         pad_vocab_size_to=content["vocab_size"],
     )
@@ -111,6 +169,13 @@ def _positive(value: Any) -> float:
     number = float(value)
     if not 0.0 < number < 1e3:
         raise ValueError(f"{value!r} must be a small positive number")
+    return number
+
+
+def _probability(value: Any) -> float:
+    number = float(value)
+    if not 0.0 <= number < 1.0:
+        raise ValueError(f"dropout {value!r} must be at least 0 and less than 1")
     return number
 
 
@@ -172,15 +237,16 @@ class ForeignWeights:
         return tensor
 
     def _listing(self) -> Iterator[tuple[Path, list[str]]]:
+        """In transformers' order: a single file before an index, which may be an older model's."""
         for suffix in ("safetensors", "bin"):
             stem = "model.safetensors" if suffix == "safetensors" else "pytorch_model.bin"
             index = self.folder / f"{stem}.index.json"
+            if (self.folder / stem).is_file():
+                yield self.folder / stem, self._names_in(self.folder / stem)
+                return
             if index.is_file():
                 for name in _shards_of(index):
                     yield self.folder / name, self._names_in(self.folder / name)
-                return
-            if (self.folder / stem).is_file():
-                yield self.folder / stem, self._names_in(self.folder / stem)
                 return
         raise CheckpointError(f"{self.folder} holds no model.safetensors and no pytorch_model.bin")
 

@@ -49,9 +49,12 @@ def family_of(shape: GPTShape) -> str:
 def model_config(
     shape: GPTShape, *, family: str, dtype: str, eod_id: int | None, seq_length: int | None
 ) -> dict[str, Any]:
-    """The content of config.json. `dtype` is "float32", "bfloat16" or "float16"."""
+    """The content of config.json. `dtype` is "float32", "bfloat16" or "float16".
+
+    The end of document begins, ends and pads, as long as nothing is known of other tokens.
+    """
     block = shape.block
-    ids = {"bos_token_id": eod_id, "eos_token_id": eod_id}
+    ids = {"bos_token_id": eod_id, "eos_token_id": eod_id, "pad_token_id": eod_id}
     if family == BLOOM:
         return {
             "architectures": ["BloomForCausalLM"],
@@ -72,7 +75,6 @@ def model_config(
             "use_cache": True,
             "torch_dtype": dtype,
             **ids,
-            "pad_token_id": eod_id,
         }
     return {
         "architectures": ["GPT2LMHeadModel"],

@@ -29,11 +29,13 @@ from megalm.checkpoint.foreign import ForeignModel, ForeignWeights, read_foreign
 from megalm.checkpoint.huggingface import BLOOM, renamed
 from megalm.checkpoint.identity import resolved_fields
 from megalm.checkpoint.manifest import Manifest
+from megalm.checkpoint.special_ids import KEPT
 from megalm.checkpoint.split import write_layer_files
 from megalm.config.model import ModelConfig
 from megalm.errors import CheckpointError
 from megalm.models.gpt.shape import GPTShape, gpt_shape
 from megalm.models.gpt.weights import Weight, weight_table
+from megalm.tokenizers.build import data_fields
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -166,16 +168,33 @@ def _converted(
                 f"config.json makes it {list(form.shape)}"
             )
         own = form.from_hf(tensor)
-        yield weight, own if dtype is None else own.to(DTYPES[dtype])
+        converted = own if dtype is None else own.to(DTYPES[dtype])
+        _check_finite(converted, own, name=f"{weights.folder}: {form.name}", dtype=dtype or str(own.dtype))
+        yield weight, converted
         if progress is not None:
             progress(weight.name, 4 * weight.numel, total)
+
+
+def _check_finite(converted: Tensor, stored: Tensor, *, name: str, dtype: str) -> None:
+    if torch.isfinite(converted).all():
+        return
+    if torch.isfinite(stored).all():
+        raise CheckpointError(
+            f"{name} holds values up to {stored.abs().max().item():.3g}, which are infinity in {dtype}\n"
+            "  import it in one that holds them: --dtype fp32"
+        )
+    raise CheckpointError(
+        f"{name} holds NaN or infinity in {dtype}, and such weights are not published\n"
+        "  get the folder again, or another version of the model"
+    )
 
 
 def _write_descriptions(
     folder: Path, foreign: ForeignModel, records: list[FileRecord], *, sizes: dict[str, int | str]
 ) -> None:
-    """Write progress, which is none, and the manifest of everything."""
-    state = {"step": 0, "consumed_samples": 0, "consumed_tokens": 0, "skipped_steps": 0}
+    """Write progress, which is none, what is kept of config.json, and the manifest of everything."""
+    counts = {"step": 0, "consumed_samples": 0, "consumed_tokens": 0, "skipped_steps": 0}
+    state = {**counts, KEPT: dict(foreign.kept)}
     progress = write_text(folder / layout.TRAIN_STATE, json.dumps(state, indent=1) + "\n")
     manifest = Manifest(
         step=0,
@@ -189,7 +208,7 @@ def _write_descriptions(
 
 def _write_preset(source: Path, destination: Path, foreign: ForeignModel) -> Path:
     """Write model.yaml, and the tokenizer's files to `tokenizer/`."""
-    tokenizer = destination / "tokenizer"
+    tokenizer = destination / layout.TOKENIZER
     for name in TOKENIZER_FILES:
         if (source / name).is_file():
             make_folder(tokenizer)
@@ -199,8 +218,7 @@ def _write_preset(source: Path, destination: Path, foreign: ForeignModel) -> Pat
     data: dict[str, object] = {}
     if foreign.seq_length is not None:
         data["seq_length"] = foreign.seq_length
-    if tokenizer.is_dir():
-        data["tokenizer_path"] = str(tokenizer.resolve())
+    data.update(data_fields(tokenizer.resolve()))
     if data:
         content["data"] = data
     path = destination / "model.yaml"

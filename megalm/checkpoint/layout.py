@@ -14,6 +14,9 @@ TRAIN_STATE = "train_state.json"
 CONFIG = "config.yaml"
 MANIFEST = "manifest.json"
 
+TOKENIZER = "tokenizer"
+"""Folder beside an imported checkpoint with its tokenizer's files."""
+
 UNIVERSAL_FOLDER = "zero"
 """Folder of a universal checkpoint that has a folder for each parameter."""
 UNIVERSAL_OPTIMIZER = "optimizer_state.pt"

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from megalm.checkpoint import layout
 from megalm.checkpoint.source import Source
 from megalm.config.root import Config
 from megalm.data.build import corpus_prefixes
 from megalm.data.same_tokenizer import TokenizerFacts, another_made
 from megalm.errors import DataError
-from megalm.tokenizers.build import build_tokenizer, open_tokenizer
+from megalm.tokenizers.build import build_tokenizer, data_fields, open_tokenizer
 from megalm.tokenizers.probe import probe_ids
 from megalm.tokenizers.protocol import Tokenizer
 
@@ -19,7 +20,9 @@ def tokenizer_of_run(
 ) -> Tokenizer | None:
     """The tokenizer folder `given`, otherwise the one that the run was configured with; None where neither is known.
 
-    `warn` hears where nothing tells whether the one given made the run's corpora.
+    A checkpoint without a run has the tokenizer that an import put beside it. `warn` hears where nothing tells whether
+    the one given made the run's corpora.
+
     Raises: DataError if it cannot be read, has ids that the model has no row for, or did not make the run's corpora.
     """
     if given is not None:
@@ -27,13 +30,20 @@ def tokenizer_of_run(
     elif config is not None:
         tokenizer = build_tokenizer(config.data, vocab_size=_ids_of_null(source))
     else:
-        return None
+        beside = data_fields(source.folder.resolve().parent / layout.TOKENIZER)
+        if not beside:
+            return None
+        kind = beside.get("tokenizer_type", "PretrainedFromHF")
+        path, vocab_file, merge_file = (beside.get(name) for name in ("tokenizer_path", "vocab_file", "merge_file"))
+        tokenizer = open_tokenizer(kind, path=path, vocab_file=vocab_file, merge_file=merge_file)
     check_rows(tokenizer, source.shape.vocab_rows)
     prefixes = corpus_prefixes(config.data) if config is not None else []
     told = _check_corpora(tokenizer, prefixes)
-    if given is not None and not told and warn is not None:
-        missing = f"there is no {prefixes[0]}.meta.json that names theirs" if prefixes else "none are named"
-        warn(f"nothing here tells whether {tokenizer.name} made the run's corpora: {missing}")
+    if given is not None and prefixes and not told and warn is not None:
+        warn(
+            f"nothing here tells whether {tokenizer.name} made the run's corpora: there is no {prefixes[0]}.meta.json "
+            "that names theirs"
+        )
     return tokenizer
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from megalm.config.data import DataConfig
 from megalm.errors import DataError
 from megalm.tokenizers.protocol import Tokenizer
@@ -19,6 +21,23 @@ def build_tokenizer(data: DataConfig, *, vocab_size: int | None = None) -> Token
         merge_file=data.merge_file,
         vocab_size=vocab_size,
     )
+
+
+def data_fields(folder: Path) -> dict[str, str]:
+    """The fields of the data section that name the tokenizer whose files a folder holds; none if it holds none."""
+    if (folder / "tokenizer.json").is_file():
+        return {"tokenizer_path": str(folder)}
+    vocab_file, merge_file = folder / "vocab.json", folder / "merges.txt"
+    if vocab_file.is_file() and merge_file.is_file():
+        return {
+            "tokenizer_type": "GPT2BPETokenizer",
+            "vocab_file": str(vocab_file),
+            "merge_file": str(merge_file),
+        }
+    models = sorted(folder.glob("*.model"))
+    if len(models) == 1:
+        return {"tokenizer_type": "SentencePieceTokenizer", "tokenizer_path": str(models[0])}
+    return {}
 
 
 def open_tokenizer(

@@ -15,7 +15,9 @@ from megalm.errors import CheckpointError
 from megalm.models.gpt.build import plan_gpt
 from megalm.models.gpt.model import GPT
 from megalm.models.gpt.weights import named_in_model
+from megalm.tokenizers.huggingface import HuggingFaceTokenizer
 from tests.support.checkpoints import SEQ_LENGTH, bloom_config, config_of, gptmeg_config, write_checkpoint
+from tests.support.tokenizer_folder import write_tokenizer
 
 transformers = pytest.importorskip("transformers")
 
@@ -282,6 +284,52 @@ def test_every_file_of_an_export_is_in_its_manifest(tmp_path: Path) -> None:
         path.name: hash_file(path) for path in (tmp_path / "hf").iterdir() if path.name != "manifest.json"
     }
     assert json.loads((tmp_path / "hf" / "config.json").read_text())["eos_token_id"] == 7
+
+
+@pytest.mark.parametrize("make, cls", [(bloom_config, "PreTrainedTokenizerFast"), (gptmeg_config, "GPT2Tokenizer")])
+@pytest.mark.parametrize("named", [{}, {"eos": "</s>"}, {"bos": "<s>", "eos": "</s>", "pad": "<pad>"}])
+@pytest.mark.parametrize("older", [False, True], ids=["tokenizer_config", "special_tokens_map"])
+def test_ids_are_those_of_the_tokenizer_beside_them(
+    tmp_path: Path, make: Any, cls: str, named: dict[str, str], older: bool
+) -> None:
+    import tokenizers
+
+    size = write_tokenizer(tmp_path / "tokenizer")
+    file = tmp_path / "tokenizer" / "tokenizer.json"
+    backend = tokenizers.Tokenizer.from_file(str(file))
+    backend.add_special_tokens(["<s>", "</s>", "<pad>"])
+    backend.save(str(file))
+    content = {"tokenizer_class": cls}
+    tokens = {f"{kind}_token": token for kind, token in named.items()}
+    if older:
+        (tmp_path / "tokenizer" / "special_tokens_map.json").write_text(json.dumps(tokens))
+    else:
+        content.update(tokens)
+    (tmp_path / "tokenizer" / "tokenizer_config.json").write_text(json.dumps(content))
+    tokenizer = HuggingFaceTokenizer(tmp_path / "tokenizer")
+
+    def save_tokenizer(folder: Path) -> int | None:
+        tokenizer.save_pretrained(folder)
+        return tokenizer.eod_id
+
+    write_checkpoint(tmp_path / "c", make(vocab_size=size + 3))
+    export_checkpoint(tmp_path / "c", tmp_path / "hf", save_tokenizer=save_tokenizer)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    config = transformers.AutoConfig.from_pretrained(tmp_path / "hf")
+    generation = transformers.GenerationConfig.from_pretrained(tmp_path / "hf")
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        own = getattr(theirs, name)
+        expected = tokenizer.eod_id if own is None else own
+        assert (getattr(config, name), getattr(generation, name)) == (expected, expected), name
+
+
+@pytest.mark.parametrize("make", [bloom_config, gptmeg_config])
+def test_ids_that_are_not_known_are_null(tmp_path: Path, make: Any) -> None:
+    write_checkpoint(tmp_path / "c", make())
+    export_checkpoint(tmp_path / "c", tmp_path / "hf")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    for config in (model.config, model.generation_config):
+        assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (None, None, None)
 
 
 def test_sizes_are_read_in_decimal_and_binary_units() -> None:

@@ -204,6 +204,42 @@ def test_import_convert_and_inspect_agree_about_every_tensor(
     assert "tp 4, pp 1" in said
 
 
+def import_of_a_short_gpt2(base: Path, *, with_tokenizer: bool) -> Path:
+    """An import of a GPT-2 of 33 positions: fewer than tokens that a proof takes where nothing says how many."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(n_embd=24, n_layer=1, n_head=3, vocab_size=257, n_positions=33, pad_token_id=7)
+    transformers.GPT2LMHeadModel(config).save_pretrained(base / "short")
+    if with_tokenizer:
+        write_tokenizer(base / "short")
+    assert import_hf.main(["--model", str(base / "short"), "--save", str(base / "imported")]) == 0
+    return base / "imported"
+
+
+@pytest.mark.parametrize("by_layer", [False, True])
+def test_an_import_is_exported_with_its_tokenizer_and_proved(
+    tmp_path: Path, by_layer: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    imported, out = import_of_a_short_gpt2(tmp_path, with_tokenizer=True), tmp_path / "out"
+    verify = "--verify-by-layer" if by_layer else "--verify"
+    assert export_hf.main(["--load", str(imported), "--save", str(out), verify]) == 0
+    said = capsys.readouterr()
+    assert "verified: " in said.out
+    assert "no tokenizer" not in said.err
+    assert (out / "tokenizer.json").read_bytes() == (tmp_path / "short" / "tokenizer.json").read_bytes()
+    config = json.loads((out / "config.json").read_text())
+    assert (config["bos_token_id"], config["eos_token_id"], config["pad_token_id"]) == (256, 256, 7)
+    assert generate.main(["--load", str(imported), "--prompt", PROMPT, "--max-new-tokens", "4"]) == 0
+
+
+def test_an_export_without_a_tokenizer_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    imported = import_of_a_short_gpt2(tmp_path, with_tokenizer=False)
+    assert export_hf.main(["--load", str(imported), "--save", str(tmp_path / "out")]) == 0
+    assert "no tokenizer is written: " in capsys.readouterr().err
+    assert export_hf.main(["--load", str(imported), "--save", str(tmp_path / "out2"), "--no-tokenizer"]) == 0
+    assert "no tokenizer" not in capsys.readouterr().err
+
+
 def test_inspection_names_the_tensor_that_differs(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     import shutil
 
