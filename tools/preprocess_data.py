@@ -35,6 +35,7 @@ def parser() -> argparse.ArgumentParser:
     )
     group.add_argument(
         "--json-keys",
+        "--json-key",
         "--content-keys",
         dest="json_keys",
         nargs="+",
@@ -80,10 +81,11 @@ def add_tokenizer_flags(result: argparse.ArgumentParser) -> None:
     """Which tokenizer, and how its ids are stored."""
     group = result.add_argument_group("tokenizer")
     group.add_argument(
-        "--tokenizer-type", default="PretrainedFromHF", help="PretrainedFromHF (default), GPT2BPETokenizer, ..."
+        "--tokenizer-type",
+        help="PretrainedFromHF, GPT2BPETokenizer (default with --vocab-file and --merge-file), ...",
     )
     group.add_argument("--tokenizer-name-or-path", "--tokenizer-model", help="folder, tokenizer.json or .model file")
-    group.add_argument("--vocab-file", help="GPT2BPETokenizer: vocab.json")
+    group.add_argument("--vocab-file", "--vocab", help="GPT2BPETokenizer: vocab.json")
     group.add_argument("--merge-file", help="GPT2BPETokenizer: merges.txt")
     group.add_argument("--vocab-size", type=int, help="NullTokenizer: number of ids")
     group.add_argument("--append-eod", action="store_true", help="end every document with the end-of-document token")
@@ -210,7 +212,8 @@ def read_tokenizer(options: argparse.Namespace) -> tuple[Tokenizer, str]:
     """The tokenizer and its type."""
     from megalm.tokenizers.build import open_tokenizer
 
-    kind = tokenizer_type(options.tokenizer_type)
+    two_files = options.vocab_file and options.merge_file and not options.tokenizer_name_or_path
+    kind = tokenizer_type(options.tokenizer_type or ("GPT2BPETokenizer" if two_files else "PretrainedFromHF"))
     tokenizer = open_tokenizer(
         kind,
         path=options.tokenizer_name_or_path,

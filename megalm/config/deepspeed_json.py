@@ -115,13 +115,22 @@ def load_deepspeed_file(path: str, settings: Settings) -> None:
     """Apply a DeepSpeed JSON file after flags and presets; where it contradicts one of them, record both."""
     try:
         with open(path, encoding="utf-8") as file:
-            content = json.load(file)
+            content = json.load(file, object_pairs_hook=_without_repetition)
     except (OSError, ValueError) as error:
         settings.failures.append(
             Failure(f"cannot read the DeepSpeed JSON {path}: {error}", "named by --deepspeed_config")
         )
         return
     read_deepspeed(content, path, settings)
+
+
+def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A block of the JSON. Raises: ValueError for a key that stands in it twice, as DeepSpeed does."""
+    block = dict(pairs)
+    if len(block) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{max(names, key=names.count)!r} stands twice in one block")
+    return block
 
 
 def read_deepspeed(content: Any, source: str, settings: Settings) -> None:
@@ -212,11 +221,14 @@ def _set_or_compare(path: str, value: Any, source: str, settings: Settings) -> N
     if path not in settings.values:
         settings.set(path, value, source)
     elif settings.values[path] != value:
+        dynamic = path == "training.loss_scale" and value is None
         settings.failures.append(
             Failure(
-                f"{path} = {settings.values[path]} contradicts {value}",
+                f"{path} = {settings.values[path]} contradicts {'0, which is dynamic' if dynamic else value}",
                 f"{origin_of(path, settings.source(path))}; the other in {source}",
-                "remove one of the two, or make them equal",
+                "remove --loss-scale: under DeepSpeed it is the JSON that counts"
+                if dynamic
+                else "remove one of the two, or make them equal",
             )
         )
 

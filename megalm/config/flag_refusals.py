@@ -20,6 +20,12 @@ REFUSALS = (
         "the schedule counts steps or samples, not tokens",
         "pass --lr-decay-samples, tokens / seq_length",
     ),
+    refused(
+        "--lr-warmup-tokens",
+        "the schedule counts steps or samples, not tokens",
+        "pass --lr-warmup-samples, tokens / seq_length",
+    ),
+    refused("--warmup", "the old name is ambiguous", "pass --lr-warmup-fraction"),
     # The trained objective and the order of data.
     refused("--bitfit", "every parameter is trained, not the biases alone", "remove it to train the whole model"),
     refused(
@@ -86,6 +92,11 @@ REFUSALS = (
         "set it in the DeepSpeed JSON",
         'use {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}',
     ),
+    refused(
+        "--cpu_torch_adam",
+        "set it in the DeepSpeed JSON",
+        'use {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}',
+    ),
     refused("--start-weight-decay", "weight decay is constant", "pass --weight-decay alone"),
     refused("--end-weight-decay", "weight decay is constant", "pass --weight-decay alone"),
     refused("--weight-decay-incr-style", "weight decay is constant", "pass --weight-decay alone"),
@@ -124,11 +135,14 @@ REFUSALS = (
     refused("--contigious-checkpointing", "saved activations are not copied together", "remove it"),
     refused("--profile-backward", "there is no such profile", "pass --profile"),
     refused("--profile-ranks", "every rank of the first data-parallel replica is profiled", "remove it"),
-    refused(
-        "--remote-device",
-        "set it in the DeepSpeed JSON",
-        'use {"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}}',
+    refused("--scattered-embeddings", "activations are split along the sequence", "pass --sequence-parallel"),
+    refused("--split-transformers", "activations are split along the sequence", "pass --sequence-parallel"),
+    *(
+        refused(f"--zero-{name}-bucket-size", "set it in the DeepSpeed JSON", f'"zero_optimization": {{"{key}": N}}')
+        for name, key in (("reduce", "reduce_bucket_size"), ("allgather", "allgather_bucket_size"))
     ),
+    refused("--memory-centric-tiled-linear", "linear layers are not tiled", "remove it; --zero-stage 3 shards them"),
+    refused("--tile-factor", "linear layers are not tiled", "remove it; --zero-stage 3 shards them"),
     refused(
         "--deepspeed_mpi", "ranks come from the launcher's environment, not from MPI", "launch with launch/deepspeed.sh"
     ),
@@ -153,6 +167,12 @@ REFUSALS = (
     ),
     refused("--no-save-optim", "a checkpoint is always whole", "remove it; tools/export_hf.py writes weights alone"),
     refused("--no-save-rng", "a checkpoint is always whole", "remove it"),
+    refused(
+        "--from-weights",
+        "weights alone are loaded from a checkpoint",
+        "pass --load FOLDER --finetune; tools/import_hf.py makes FOLDER of a Hugging Face model",
+    ),
+    refused("--adlr-autoresume-interval", "there is no such service", "remove it; a signal saves and stops"),
     refused("--adlr-autoresume", "there is no such service", "remove it; a signal saves and stops"),
     # Beside training.
     refused("--inference", "this program trains", "generate with tools/generate.py"),

@@ -4,6 +4,13 @@ from __future__ import annotations
 
 from megalm.config.flags import command, switch, takes
 
+OTHER_TOKENIZER_NAMES = {
+    "HuggingFaceTokenizer": "PretrainedFromHF",
+    "HFTokenizer": "PretrainedFromHF",
+    "GPTSentencePieceTokenizer": "SentencePieceTokenizer",
+}
+"""Names that Megatron-LM and Microsoft's Megatron-DeepSpeed have for what is read here."""
+
 COMMANDS = (
     command("--help", "0", "Print this text and stop."),
     command("--config", "+", "YAML presets; a later file overrides an earlier one, flags override files."),
@@ -56,7 +63,6 @@ TARGETS = (
     switch("--sequence-parallel", "parallel.sequence_parallel", True),
     takes("--pp-partition-method", "parallel.pipeline_partition"),
     switch("--checkpoint-activations", "parallel.recompute", "full"),
-    switch("--deepspeed-activation-checkpointing", "parallel.recompute", "full"),
     switch("--recompute-activations", "parallel.recompute", "selective"),
     takes("--recompute-granularity", "parallel.recompute"),
     takes("--zero-stage", "parallel.zero_stage"),
@@ -111,7 +117,7 @@ TARGETS = (
     switch("--eod-mask-loss", "data.eod_mask_loss", True),
     switch("--reset-position-ids", "data.reset_position_ids", True),
     switch("--reset-attention-mask", "data.reset_attention_mask", True),
-    takes("--tokenizer-type", "data.tokenizer_type"),
+    takes("--tokenizer-type", "data.tokenizer_type", words=OTHER_TOKENIZER_NAMES),
     takes("--tokenizer-name-or-path", "data.tokenizer_path"),
     takes("--tokenizer-model", "data.tokenizer_path"),
     takes("--vocab-file", "data.vocab_file"),

@@ -17,6 +17,12 @@ Two flags that set one field differently are refused, and so is everything in th
 """
 DIFFERENT_DEFAULTS = (
     ("`model.hidden_dropout`, `model.attention_dropout`", "0.0", "0.1: pass --hidden-dropout 0.1 to have it"),
+    (
+        "`data.tokenizer_type`",
+        "PretrainedFromHF, but GPT2BPETokenizer for --vocab-file with --merge-file",
+        "GPT2BPETokenizer",
+    ),
+    ("learning rate", "update k of a warm-up of w uses k / w of the peak", "(k - 1) / w; the same after the warm-up"),
     ("`parallel.backend`", "nccl on GPUs, gloo on CPUs", "nccl"),
     ("`output.log_interval`", "10 steps", "100 steps"),
     ("`model.make_vocab_size_divisible_by`", "the padded vocabulary is its multiple", "its multiple times tp"),

@@ -16,7 +16,11 @@ from megalm.config.values import EXPECTED, from_text
 OVERRIDE = re.compile(r"(?P<path>(model|parallel|training|data|output)\.\w+)=(?P<value>.*)", re.DOTALL)
 PATHS_PATH = re.compile(r"--(?P<split>train|valid|test)-weighted-split-paths-path")
 # The steps that `--train-tokens T` asks for can be told only where the sample length is known.
-IN_TOKENS = {"--train-tokens": "--train-samples", "--lr-decay-tokens": "--lr-decay-samples"}
+IN_TOKENS = {
+    "--train-tokens": "--train-samples",
+    "--lr-decay-tokens": "--lr-decay-samples",
+    "--lr-warmup-tokens": "--lr-warmup-samples",
+}
 
 
 class HelpRequested(Exception):  # noqa: N818  (nothing went wrong)
@@ -60,6 +64,13 @@ def parse_command_line(argv: Sequence[str]) -> Config:
             from megalm.config.deepspeed_json import load_deepspeed_file
 
             load_deepspeed_file(one.words[0], settings)
+    _with_tokenizer_of_two_files(settings)
+    if settings.values.get("training.dtype") == "fp16":
+        settings.failures += [
+            Failure(f"{one.flag.name}: fp16 gradients are summed in fp16", "", "remove it, or pass --bf16")
+            for one in given
+            if one.flag.name == "--accumulate-allreduce-grads-in-fp32"
+        ]
     _with_sample_counts(settings)
     missing = settings.missing()
     failures = [*settings.failures, *missing]
@@ -110,7 +121,12 @@ def _is_flag(word: str) -> bool:
 
 
 def _unknown(name: str) -> Failure:
-    near = nearest(name, list(flag_table()))
+    # What changes nothing or is refused is no remedy, nor is the opposite.
+    opposite = name.replace("--no-", "--", 1) if name.startswith("--no-") else name.replace("--", "--no-", 1)
+    obeyed = [
+        flag.name for flag in flag_table().values() if flag.action in ("set", "command") and flag.name != opposite
+    ]
+    near = nearest(name, obeyed)
     return Failure(
         f"{name} is not a flag", "on the command line", f"nearest: {', '.join(near)}" if near else "see --help"
     )
@@ -217,6 +233,14 @@ def read_groups(text: str) -> tuple[str, ...]:
     if not re.fullmatch(r'\s*("[^"]+"\s*)+', text):
         raise ValueError("the file must hold one or more groups, each in double quotes")
     return tuple(group.strip() for group in re.findall(r'"([^"]+)"', text))
+
+
+def _with_tokenizer_of_two_files(settings: Settings) -> None:
+    """--vocab-file and --merge-file without a type are of GPT2BPETokenizer, the type that the originals then take."""
+    values = settings.values
+    both = "data.vocab_file" in values and "data.merge_file" in values
+    if both and "data.tokenizer_type" not in values and "data.tokenizer_path" not in values:
+        settings.set("data.tokenizer_type", "GPT2BPETokenizer", settings.source("data.merge_file"))
 
 
 def _with_sample_counts(settings: Settings) -> None:

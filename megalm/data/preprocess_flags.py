@@ -12,6 +12,7 @@ from megalm.errors import ConfigError
 TOKENIZER_TYPES = {
     "pretrainedfromhf": "PretrainedFromHF",
     "huggingfacetokenizer": "PretrainedFromHF",
+    "hftokenizer": "PretrainedFromHF",
     "gpt2bpetokenizer": "GPT2BPETokenizer",
     "sentencepiecetokenizer": "SentencePieceTokenizer",
     "gptsentencepiecetokenizer": "SentencePieceTokenizer",
@@ -60,6 +61,8 @@ FOREIGN_FLAGS = (
         "value",
         refused=True,
     ),
+    ForeignFlag("--append-bos", "leave it out: documents begin with their text", refused=True),
+    ForeignFlag("--prepend-space", "leave it out, or put the space into the text", refused=True),
     ForeignFlag("--datasets", "tools/merge_datasets.py joins corpora", "values", refused=True),
     *(
         ForeignFlag(name, "add them to the tokenizer's files", "values", refused=True)

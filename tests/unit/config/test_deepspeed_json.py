@@ -131,6 +131,17 @@ def test_guards_of_16_bit_sums_are_refused_where_sums_are_fp32(tmp_path: Path) -
         assert with_file(tmp_path, narrow, "--bf16").deepspeed == narrow
 
 
+def test_a_key_that_stands_twice_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "twice.json").write_text('{"gradient_clipping": 1.0, "gradient_clipping": 0.5}')
+    with pytest.raises(ConfigError, match="'gradient_clipping' stands twice in one block"):
+        smallest("--deepspeed_config", str(tmp_path / "twice.json"))
+
+
+def test_a_fixed_loss_scale_beside_a_dynamic_one_of_the_json_names_the_one_to_remove(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="0, which is dynamic(.|\n)*remove --loss-scale"):
+        with_file(tmp_path, {"fp16": {"enabled": True, "loss_scale": 0}}, "--fp16", "--loss-scale", "12")
+
+
 def test_file_that_is_missing_or_not_json_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot read the DeepSpeed JSON"):
         smallest("--deepspeed_config", str(tmp_path / "absent.json"))

@@ -80,7 +80,55 @@ def test_two_flags_that_set_one_field_differently_are_refused() -> None:
     assert "training.dtype is set differently by --bf16 (bf16), --fp16 (fp16)" in failure_of("--bf16", "--fp16")
     config = smallest("--checkpoint-activations", "--deepspeed-activation-checkpointing")
     assert config.parallel.recompute == "full"
+    assert smallest("--deepspeed-activation-checkpointing").parallel.recompute == "none"
     assert "parallel.recompute" in failure_of("--checkpoint-activations", "--recompute-granularity", "selective")
+
+
+@pytest.mark.parametrize(
+    "words, remedy",
+    [
+        ("--lr-warmup-tokens 6400", "--lr-warmup-samples"),
+        ("--warmup 0.01", "--lr-warmup-fraction"),
+        ("--from-weights DIR", "--load FOLDER --finetune"),
+        ("--scattered-embeddings", "--sequence-parallel"),
+        ("--zero-reduce-bucket-size 5", '"reduce_bucket_size"'),
+        ("--log-level-replica info", "pass error"),
+        ("--remote-device cpu", "offload_param"),
+        ("--vocab-extra-ids 100", "sentinels of T5"),
+        ("--fp16 --accumulate-allreduce-grads-in-fp32", "pass --bf16"),
+    ],
+)
+def test_flags_of_older_launch_lines_are_answered(words: str, remedy: str) -> None:
+    assert remedy in failure_of(*words.split())
+
+
+def test_flags_of_older_launch_lines_that_change_nothing_are_accepted() -> None:
+    line = (
+        "--no-log-loss-scale-to-tensorboard --no-log-learnig-rate-to-tensorboard --mmap-warmup --lazy-mpu-init "
+        "--use-cpu-initialization --use-contiguous-buffers-in-ddp --no-scatter-gather-tensors-in-pipeline "
+        "--zero-contigious-gradients --zero-reduce-scatter --use-pin-memory --no-pipeline-parallel --sample-rate 1.0 "
+        "--vocab-extra-ids 0 --remote-device none --short-seq-prob 0.1 --log-level-replica error "
+        "--deepspeed-activation-checkpointing"
+    )
+    assert smallest(*line.split()) == smallest()
+
+
+def test_the_nearest_of_an_unknown_flag_is_neither_its_opposite_nor_one_without_effect() -> None:
+    for unknown in ("--no-checkpoint-activations", "--exit-signal-handlers", "--num-expert"):
+        near = failure_of(unknown).partition("nearest: ")[2].split()
+        assert not {"--checkpoint-activations", "--exit-signal-handler", "--num-experts"} & {n.strip(",") for n in near}
+    assert "nearest: --checkpoint-activations" in failure_of("--checkpoint-activation")
+
+
+def test_two_files_without_a_type_are_gpt2s_tokenizer() -> None:
+    files = ["--vocab-file", "vocab.json", "--merge-file", "merges.txt"]
+    assert smallest(*files, without=("--tokenizer-name-or-path",)).data.tokenizer_type == "GPT2BPETokenizer"
+    assert smallest(*files).data.tokenizer_type == "PretrainedFromHF"
+
+
+@pytest.mark.parametrize("name", ["HuggingFaceTokenizer", "HFTokenizer"])
+def test_other_names_of_tokenizer_types_are_known(name: str) -> None:
+    assert smallest("--tokenizer-type", name).data.tokenizer_type == "PretrainedFromHF"
 
 
 def test_every_missing_field_is_named_at_once() -> None:

@@ -59,7 +59,8 @@ def test_dry_run_report_holds_layout_batch_sources_and_json() -> None:
 
 
 def test_notes_name_what_was_resolved() -> None:
-    assert notes(smallest("--global-batch-size", "2")) == []
+    assert notes(smallest("--global-batch-size", "2", "--hidden-dropout", "0.0")) == []
+    assert "Megatron's default is 0.1" in notes(smallest("--global-batch-size", "2"))[0]
     assert "runs as stage 1" in notes(smallest("--bf16", "--global-batch-size", "2"))[0]
 
 
