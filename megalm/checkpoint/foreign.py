@@ -148,6 +148,7 @@ def _gpt2(content: Mapping[str, Any]) -> ModelConfig:
     activation = content["activation_function"]
     if activation not in _GELUS:
         raise ValueError(f"activation_function = {activation!r} must be one of {', '.join(_GELUS)}")
+    _probability(content["embd_pdrop"])  # kept for an export: here the embedding has hidden_dropout
     return ModelConfig(
         num_layers=content["n_layer"],
         hidden_size=content["n_embd"],
