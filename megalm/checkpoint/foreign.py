@@ -109,11 +109,11 @@ def read_foreign_config(folder: Path) -> ForeignModel:
             raise CheckpointError(
                 f"{path}: {key} = {content[key]!r} must be {expected!r}: megalm computes no other form"
             )
-    named, content = content, _as_transformers_reads(content, family=family)
+    content = _as_transformers_reads(content, family=family)
     try:
         model = _bloom(content) if family == BLOOM else _gpt2(content)
         check_sizes(model)
-        kept = kept_of(content, vocab_size=model.padded_vocab_size, named=named)
+        kept = kept_of(content, vocab_size=model.padded_vocab_size)
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path} describes no {family} that megalm can build: {error}") from error
     length = content.get("seq_length") if family == BLOOM else model.max_position_embeddings
@@ -148,6 +148,7 @@ def _gpt2(content: Mapping[str, Any]) -> ModelConfig:
     activation = content["activation_function"]
     if activation not in _GELUS:
         raise ValueError(f"activation_function = {activation!r} must be one of {', '.join(_GELUS)}")
+    _probability(content["embd_pdrop"])  # kept for an export: here the embedding has hidden_dropout
     return ModelConfig(
         num_layers=content["n_layer"],
         hidden_size=content["n_embd"],

@@ -20,20 +20,21 @@ KEPT_KEYS = (*(f"{kind}_token_id" for kind in KINDS), "embd_pdrop")
 _OF_CLASS = {"GPT2Tokenizer": {"bos": "<|endoftext|>", "eos": "<|endoftext|>"}}
 
 
-def kept_of(content: Mapping[str, Any], *, vocab_size: int, named: Mapping[str, Any]) -> dict[str, Any]:
-    """What an import keeps of config.json. `named` is the file itself, `content` the same with transformers' defaults.
+def kept_of(content: Mapping[str, Any], *, vocab_size: int) -> dict[str, Any]:
+    """What an import keeps of config.json, which comes with transformers' defaults.
 
-    A default without a row of word embedding is no id of this model: None.
+    An id without a row of word embedding, as GPT-2's default is in a small model, tells nothing and is not kept.
     Raises: ValueError.
     """
     kept = {key: content[key] for key in KEPT_KEYS if key in content}
     for kind in KINDS:
         key = f"{kind}_token_id"
         value = kept[key]
-        if key not in named and value is not None and value >= vocab_size:
-            kept[key] = None
-        elif not _is_id(value):
+        ids = value if isinstance(value, list) else [] if value is None else [value]
+        if not all(type(id) is int for id in ids):
             raise ValueError(f"{key} = {value!r} must be a whole number, a list of them, or null")
+        if not all(0 <= id < vocab_size for id in ids):
+            del kept[key]
     return kept
 
 
@@ -84,8 +85,3 @@ def _named_tokens(folder: Path, *, family: str) -> dict[str, str]:
         if isinstance(text, str):
             found[kind] = text
     return found
-
-
-def _is_id(value: Any) -> bool:
-    values = value if isinstance(value, list) else [value]
-    return value is None or all(type(one) is int for one in values)

@@ -249,6 +249,12 @@ def test_special_ids_and_dropouts_come_back(
     assert "attention_dropout: 0.2" in preset
 
 
+def test_an_id_without_a_row_of_embedding_is_not_known(tmp_path: Path) -> None:
+    gpt2(bos_token_id=50256, eos_token_id=[1, 48], pad_token_id=-1).save_pretrained(tmp_path / "hf")
+    back = exported_config(tmp_path / "hf")
+    assert (back.bos_token_id, back.eos_token_id, back.pad_token_id) == (None, None, None)
+
+
 def test_ids_that_nothing_names_are_transformers_default_where_there_is_a_row_for_it(tmp_path: Path) -> None:
     for make, eos in ((bloom, 2), (gpt2, None)):
         folder = tmp_path / make.__name__ / "hf"
