@@ -172,7 +172,7 @@ def _forward(x: Tensor, bias: Tensor, activation: str) -> Tensor:
     if y.numel():
         rows = as_rows(x)
         activation_forward[(ceil_div(rows.size(0), FORWARD_ROWS), ceil_div(y.size(-1), FORWARD_COLUMNS))](
-            rows, bias, y, rows.size(0), y.size(-1), rows.stride(0),
+            rows, bias.contiguous(), y, rows.size(0), y.size(-1), rows.stride(0),
             ACTIVATION=activation, ROWS=FORWARD_ROWS, COLUMNS=FORWARD_COLUMNS, num_warps=NUM_WARPS,
         )  # fmt: skip
     return y
@@ -198,7 +198,8 @@ def _backward(dy: Tensor, x: Tensor, bias: Tensor, activation: str) -> tuple[Ten
     resident = RESIDENT if activation == "gelu_tanh" else RESIDENT_GATED
     strips = num_strips(ceil_div(rows.size(0), ROWS), x.device, resident=resident, num_columns=column_blocks)
     partial = x.new_empty((strips, x.size(-1)), dtype=torch.float32)
-    arguments = (gradients, rows, bias, dx, partial, rows.size(0), dy.size(-1), gradients.stride(0), rows.stride(0))
+    sizes = (rows.size(0), dy.size(-1), gradients.stride(0), rows.stride(0))
+    arguments = (gradients, rows, bias.contiguous(), dx, partial, *sizes)
     grid = (strips, column_blocks)
     if activation == "gelu_tanh":
         gelu_backward[grid](*arguments, ROWS=ROWS, COLUMNS=COLUMNS, STAGES=BACKWARD_STAGES, num_warps=NUM_WARPS)

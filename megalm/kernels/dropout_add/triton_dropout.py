@@ -117,7 +117,7 @@ def _forward(x: Tensor, bias: Tensor, residual: Tensor, seed: Tensor, prob: floa
     if y.numel():
         rows, stream = as_rows(x), as_rows(residual)
         dropout_add_forward[(ceil_div(rows.size(0), ROWS), ceil_div(x.size(-1), COLUMNS))](
-            rows, bias, stream, seed, y, *rows.shape, rows.stride(0), stream.stride(0), *_threshold(prob),
+            rows, bias.contiguous(), stream, seed, y, *rows.shape, rows.stride(0), stream.stride(0), *_threshold(prob),
             DROPS=prob > 0.0, ROWS=ROWS, COLUMNS=COLUMNS, num_warps=NUM_WARPS,
         )  # fmt: skip
     return y

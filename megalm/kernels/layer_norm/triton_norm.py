@@ -207,6 +207,8 @@ def _forward(
     rows, size = as_rows(x), x.size(-1)
     if y.numel() == 0:
         return y, total, means, scales
+    weight, bias = weight.contiguous(), bias.contiguous()
+    branch_bias = None if branch_bias is None else branch_bias.contiguous()
     added = rows if residual is None else as_rows(residual)
     tile_rows, block, num_warps = tile(size)
     layer_norm_forward[(ceil_div(rows.size(0), tile_rows),)](
@@ -251,7 +253,7 @@ def _backward(
     sums = block <= WIDEST_WITH_SUMS
     partial = x.new_empty((programs, vectors, size), dtype=torch.float32)
     layer_norm_backward[(programs,)](
-        gradients, added, values, weight, mean, scale, dx, partial,
+        gradients, added, values, weight.contiguous(), mean, scale, dx, partial,
         values.size(0), size, gradients.stride(0), added.stride(0), values.stride(0),
         ADDS=dtotal is not None, BRANCH=branch, SUMS=sums, ROWS=tile_rows, BLOCK=block, STAGES=backward_stages(size),
         num_warps=num_warps,

@@ -198,3 +198,18 @@ def test_apex_is_called_as_its_function_wants_it(monkeypatch: pytest.MonkeyPatch
         assert torch.equal(result, oracle.layer_norm(x, weight, bias, 1e-3))
     finally:
         apex_norm._function.cache_clear()
+
+
+def test_vectors_with_gaps_are_read_with_their_stride(triton_device: torch.device) -> None:
+    x, _, _, weight, bias = example(5, 24, torch.float32, torch.float32, triton_device)
+    results = []
+    for apart in (1, 2):
+        vectors = [torch.zeros(24 * apart, device=triton_device)[::apart] for _ in range(2)]
+        for vector, value in zip(vectors, (weight, bias), strict=True):
+            vector.copy_(value.detach()).requires_grad_()
+        leaf = x.detach().clone().requires_grad_()
+        y = layer_norm(leaf, *vectors, EPS)
+        y.backward(upstream(y))
+        results.append([y.detach(), leaf.grad, *(vector.grad for vector in vectors)])
+    for packed, strided in zip(*results, strict=True):
+        assert torch.equal(packed, strided)
