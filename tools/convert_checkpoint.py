@@ -37,7 +37,7 @@ def parser() -> argparse.ArgumentParser:
 def run(options: argparse.Namespace) -> tuple[Path, Path]:
     """Find and convert; returns what was read and what was written."""
     from megalm.checkpoint.byte_line import ByteLine
-    from megalm.checkpoint.find import find_checkpoint
+    from megalm.checkpoint.find import find_checkpoint, named_by
     from megalm.checkpoint.layout import LATEST, LATEST_UNIVERSAL
     from megalm.checkpoint.reshape import reshape_checkpoint
     from megalm.checkpoint.universal_writer import write_universal
@@ -69,8 +69,8 @@ def run(options: argparse.Namespace) -> tuple[Path, Path]:
         )
     writing.close()
     latest = path.parent / (LATEST_UNIVERSAL if options.to_universal else LATEST)
-    if (named := latest.read_text(encoding="utf-8").strip()) != path.name:
-        warn(f"{latest} still names the later {named}; what is made of {path.name} is loaded by --load {path}")
+    if (named := named_by(latest)) != path:
+        warn(f"{latest} still names the later {named.name}; what is made of {path.name} is loaded by --load {path}")
     return checkpoint, path
 
 

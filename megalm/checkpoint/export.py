@@ -52,7 +52,7 @@ class Export:
     shape: GPTShape
     step: int
     dtype: torch.dtype
-    source: Path | None = None
+    source: Path
     """The checkpoint."""
     num_bytes: int = 0
     files: list[FileRecord] = field(default_factory=list)
@@ -105,7 +105,8 @@ def export_checkpoint(
     with writing_to(destination):
         remove_folder(temporary)
         make_folder(temporary)
-    export = Export(folder=temporary, family=family, shape=shape, step=source.manifest.step, dtype=chosen)
+    step = source.manifest.step
+    export = Export(folder=temporary, family=family, shape=shape, step=step, dtype=chosen, source=layers.folder)
     try:
         with writing_to(destination):
             eod_id = save_tokenizer(temporary) if save_tokenizer is not None else None
@@ -204,7 +205,6 @@ def _one_torch_thread() -> Iterator[None]:
 def _write_weights(
     export: Export, layers: LayerFiles, planned: list[_Planned], *, max_shard_bytes: int, progress: Progress | None
 ) -> None:
-    export.source = layers.folder
     shards = _shards(planned, max_shard_bytes)
     total = sum(plan.entry.num_bytes for plan in planned)
     source = _Source(layers, max((plan.entry.num_bytes for plan in planned), default=0))

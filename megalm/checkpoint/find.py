@@ -106,7 +106,7 @@ def candidates(folder: Path, step: int | None, universal: bool) -> tuple[list[Pa
         return [], [f"it holds no {'universal ' if universal else ''}checkpoint"]
     newest_first = [path for _, path in published]
     try:
-        named = _named(latest)
+        named = named_by(latest)
     except (OSError, ValueError) as error:
         return newest_first, [f"{latest} cannot be read ({error})"]
     if named not in newest_first:
@@ -119,7 +119,7 @@ def _named_universal(folder: Path) -> tuple[list[Path], list[str]]:
     latest = folder / layout.LATEST_UNIVERSAL
     others = [path for _, path in published_checkpoints(folder) if is_universal(path)]
     try:
-        named = _named(latest)
+        named = named_by(latest)
     except (OSError, ValueError) as error:
         return others, [f"{latest} cannot be read ({error})"]
     if not is_universal(named):
@@ -127,7 +127,7 @@ def _named_universal(folder: Path) -> tuple[list[Path], list[str]]:
     return [named, *(path for path in others if path != named)], []
 
 
-def _named(latest: Path) -> Path:
+def named_by(latest: Path) -> Path:
     """What a file such as `latest` names.
 
     Raises: OSError, or ValueError for a name that leads elsewhere.

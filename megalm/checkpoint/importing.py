@@ -31,6 +31,7 @@ from megalm.checkpoint.identity import resolved_fields
 from megalm.checkpoint.manifest import Manifest
 from megalm.checkpoint.special_ids import KEPT
 from megalm.checkpoint.split import write_layer_files
+from megalm.checkpoint.tensor_files import is_finite
 from megalm.config.model import ModelConfig
 from megalm.errors import CheckpointError
 from megalm.models.gpt.shape import GPTShape, gpt_shape
@@ -176,9 +177,9 @@ def _converted(
 
 
 def _check_finite(converted: Tensor, stored: Tensor, *, name: str, dtype: str) -> None:
-    if torch.isfinite(converted).all():
+    if is_finite(converted):
         return
-    if torch.isfinite(stored).all():
+    if is_finite(stored):
         raise CheckpointError(
             f"{name} holds values up to {stored.abs().max().item():.3g}, which are infinity in {dtype}\n"
             "  import it in one that holds them: --dtype fp32"

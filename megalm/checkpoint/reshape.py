@@ -29,6 +29,7 @@ from megalm.checkpoint.durable import (
     write_text,
     writing_to,
 )
+from megalm.checkpoint.find import named_by
 from megalm.checkpoint.identity import read_config
 from megalm.checkpoint.manifest import Manifest
 from megalm.checkpoint.optimizer_files import MASTER, MOMENTS, OptimizerFiles, read_engine_state
@@ -137,11 +138,11 @@ def offline_folder(destination: Path, step: int, *, latest: str = layout.LATEST)
 
 def _names_later_step(latest: Path, step: int) -> bool:
     try:
-        named = latest.read_text(encoding="utf-8").strip()
+        named = named_by(latest)
     except (OSError, ValueError):
         return False
-    later = layout.parse_step(named)
-    return later is not None and later > step and latest.with_name(named).is_dir()
+    later = layout.parse_step(named.name)
+    return later is not None and later > step and named.is_dir()
 
 
 def _write_layers(

@@ -38,8 +38,8 @@ def tokenizer_of_run(
         tokenizer = open_tokenizer(kind, path=path, vocab_file=vocab_file, merge_file=merge_file)
     check_rows(tokenizer, source.shape.vocab_rows)
     prefixes = corpus_prefixes(config.data) if config is not None else []
-    told = _check_corpora(tokenizer, prefixes)
-    if given is not None and prefixes and not told and warn is not None:
+    told = not prefixes or _check_corpora(tokenizer, prefixes)
+    if given is not None and not told and warn is not None:
         warn(
             f"nothing here tells whether {tokenizer.name} made the run's corpora: there is no {prefixes[0]}.meta.json "
             "that names theirs"

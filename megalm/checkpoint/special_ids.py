@@ -38,12 +38,12 @@ def kept_of(content: Mapping[str, Any], *, vocab_size: int) -> dict[str, Any]:
     return kept
 
 
-def kept_by(checkpoint: Path | None) -> dict[str, Any]:
+def kept_by(checkpoint: Path) -> dict[str, Any]:
     """What the import that wrote a checkpoint kept; nothing where none did.
 
     Raises: CheckpointError if train_state.json cannot be read.
     """
-    if checkpoint is None or not (checkpoint / layout.TRAIN_STATE).is_file():
+    if not (checkpoint / layout.TRAIN_STATE).is_file():
         return {}
     kept = read_train_state(checkpoint).get(KEPT)
     return {key: kept[key] for key in KEPT_KEYS if key in kept} if isinstance(kept, dict) else {}

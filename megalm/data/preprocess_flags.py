@@ -7,16 +7,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from megalm.config.data import TOKENIZERS
+from megalm.config.flag_targets import OTHER_TOKENIZER_NAMES
 from megalm.errors import ConfigError
 
 TOKENIZER_TYPES = {
-    "pretrainedfromhf": "PretrainedFromHF",
-    "huggingfacetokenizer": "PretrainedFromHF",
-    "hftokenizer": "PretrainedFromHF",
-    "gpt2bpetokenizer": "GPT2BPETokenizer",
-    "sentencepiecetokenizer": "SentencePieceTokenizer",
-    "gptsentencepiecetokenizer": "SentencePieceTokenizer",
-    "nulltokenizer": "NullTokenizer",
+    **{name.lower(): name for name in TOKENIZERS},
+    **{name.lower(): kind for name, kind in OTHER_TOKENIZER_NAMES.items()},
 }
 
 REFUSED_TYPES = {
