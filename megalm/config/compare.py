@@ -70,6 +70,9 @@ def _effective(config: Config) -> dict[str, Any]:
     training = config.training
     values["training.lr_decay_iters"] = training.lr_decay_iters or training.train_iters
     values["training.lr_decay_samples"] = training.lr_decay_samples or training.train_samples
+    if training.lr_decay_style == "constant" and training.lr_warmup_fraction is None:
+        unused = ("training.lr_decay_iters", "training.lr_decay_samples", "training.min_lr")
+        values.update(dict.fromkeys(unused))
     values["model.ffn_hidden_size"] = config.model.ffn_size
     values["model.pad_vocab_size_to"] = padded_vocab_size(config, None)
     learned = config.model.position_embedding == "learned"

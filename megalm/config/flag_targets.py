@@ -26,7 +26,7 @@ COMMANDS = (
     command(
         "--dry-run",
         "0",
-        "Check options and DeepSpeed's keys, open tokenizer, corpora and checkpoint, print the plan, and stop.",
+        "Check options, DeepSpeed's keys, kernels and stages, open tokenizer, corpora and checkpoint, print the plan, and stop.",
     ),
 )
 

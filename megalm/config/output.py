@@ -67,7 +67,9 @@ class OutputConfig:
         "auto", doc="LayerNorm implementation: auto, reference (fp32 arithmetic), torch, triton, apex."
     )
     bias_gelu: str = option(
-        "auto", doc="Bias-GeLU implementation: auto, jit, torch, triton. With a gated MLP auto, torch, triton."
+        "auto",
+        doc="Bias-GeLU implementation: auto, jit, torch, triton. With a gated MLP auto, torch, triton; "
+        "with --no-bias-gelu-fusion auto, torch.",
     )
     dropout_add: str = option(
         "auto",

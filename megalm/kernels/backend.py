@@ -131,7 +131,8 @@ _CANDIDATES: dict[str, dict[str, _Candidate]] = {
         "jit": _Candidate(lambda: jit.bias_gelu_jit, _jit_obstacle),
         "triton": _Candidate(_triton_bias_gelu, _triton_obstacle),
     },
-    # Functions from the name of a gate to the kernel; output.bias_gelu names them too.
+    "gelu_erf": {"torch": _Candidate(lambda: eager.bias_gelu_erf, _no_obstacle)},
+    # Functions from the name of a gate to the kernel; output.bias_gelu names them and the erf GELU too.
     "glu": {
         "torch": _Candidate(lambda: torch_glu, _no_obstacle),
         "triton": _Candidate(_triton_glu, _triton_obstacle),
@@ -163,6 +164,7 @@ RUNS_EVERYWHERE = {
     "attention": "sdpa",
     "layer_norm": "torch",
     "bias_gelu": "torch",
+    "gelu_erf": "torch",
     "glu": "torch",
     "dropout_add": "torch",
     "head": "chunked",
@@ -205,7 +207,7 @@ def choose(
                 fallback = RUNS_EVERYWHERE[operation]
                 return Choice(fallback, candidates[fallback].build(), f"{name} failed its check on this GPU: {wrong}")
         return Choice(name, implementation, reason)
-    field = "output.bias_gelu" if operation == "glu" else f"output.{operation}"
+    field = "output.bias_gelu" if operation in ("glu", "gelu_erf") else f"output.{operation}"
     remedy = f"  implementations that work here: {', '.join(_usable(operation, device, use))}"
     if requested not in candidates:
         raise KernelError(f"{field} = {requested!r} is not an implementation of {operation}\n{remedy}")
@@ -252,6 +254,8 @@ def _preference(
         if onednn.obstacle(device) is None and onednn.is_faster_here():
             return "onednn", "MKL leaves half of this processor's vector width unused, oneDNN does not"
         return "torch", "torch's own matrix products"
+    if operation == "gelu_erf":
+        return "torch", "the erf GELU has one implementation"
     if operation == "head":
         if _triton_obstacle(device) is None:
             return (

@@ -25,11 +25,11 @@ from megalm.data.loader import batch_iterator
 from megalm.data.order_digest import order_digest
 from megalm.data.source import SampleSource
 from megalm.errors import ConfigError, DataError, DeviceMemoryError, MegalmError
-from megalm.kernels.backend import Choice, choose
+from megalm.kernels.backend import RUNS_EVERYWHERE, Choice, choose
 from megalm.kernels.gradient_sum.protocol import GradientSumKernel
 from megalm.models.blocks.arrangement import Spread
 from megalm.models.flops import flops_per_token, parameter_count
-from megalm.models.gpt.build import build_model, build_pipeline, choose_kernels, plan_gpt
+from megalm.models.gpt.build import build_model, build_pipeline, choose_kernels, pipeline_stages, plan_gpt
 from megalm.models.gpt.plan import DocumentRules
 from megalm.parallel.random import RngStreams
 from megalm.telemetry.console import Console
@@ -73,8 +73,9 @@ class Plan:
     def report(self) -> str:
         """What `--dry-run` prints.
 
-        Raises: MegalmError for what the run would stop at: corpora, a checkpoint, DeepSpeed's keys.
+        Raises: MegalmError for what the run would stop at: kernels, stages, corpora, a checkpoint, DeepSpeed's keys.
         """
+        stages = _stages(self)
         model, seq_length = self.config.model, self.config.data.seq_length
         batch_size = BatchSize.from_config(self.config.training, dp_size=self.dp_size)
         num_parameters = parameter_count(model, seq_length=seq_length)
@@ -84,6 +85,7 @@ class Plan:
             "parameters": f"{num_parameters:,}",
             "vocabulary": f"{model.padded_vocab_size:,} rows for {model.vocab_size:,} tokens of {self.tokenizer.name}",
             "operations": f"{flops_per_token(model, seq_length=seq_length):.3e} a token, forward and backward",
+            **({"stages": f"of {', '.join(str(len(stage)) for stage in stages)} layers"} if len(stages) > 1 else {}),
             **look(self.config, self.tokenizer, num_parameters=num_parameters, dp_size=self.dp_size),
         }
         return dry_run_report(self.config, world_size=self.launch.world_size, more=more)
@@ -209,16 +211,8 @@ def _build_module(plan: Plan, topology: Topology, streams: RngStreams, console: 
     """The whole model on one stage for ZeRO-2 and 3, otherwise this rank's pipeline stage; its attention's name."""
     config = plan.config
     documents = _document_rules(plan)
-    output = config.output
     kernels, names = choose_on_all_ranks(
-        {
-            "attention": output.attention,
-            "layer_norm": output.layer_norm,
-            "bias_gelu": output.bias_gelu,
-            "linear": output.linear,
-            "head": output.head,
-            "dropout_add": output.dropout_add,
-        },
+        _requested_kernels(config),
         lambda names: choose_kernels(
             config.model,
             device=topology.device,
@@ -255,6 +249,34 @@ def _build_module(plan: Plan, topology: Topology, streams: RngStreams, console: 
     for stage, layers in enumerate(pipeline.stages()):
         console.info(f"stage {stage}: layers {layers.start} to {layers.stop - 1}")
     return pipeline, names["attention"]
+
+
+def _requested_kernels(config: Config) -> dict[str, str]:
+    """Operations of the model, and the implementation that is asked for: a name, or `auto`."""
+    operations = ("attention", "layer_norm", "bias_gelu", "linear", "head", "dropout_add")
+    return {operation: str(config.get(f"output.{operation}")) for operation in operations}
+
+
+def _stages(plan: Plan) -> list[range]:
+    """Positions of the layers that each stage will own, without any process but this one.
+
+    Raises: KernelError if a kernel that is asked for by name cannot run here; ConfigError or DataError if the model
+        cannot be dealt to the stages, or no token ends its documents.
+    """
+    config, documents = plan.config, _document_rules(plan)
+    named = {
+        operation: RUNS_EVERYWHERE[operation] if name == "auto" else name
+        for operation, name in _requested_kernels(config).items()
+    }
+    kernels, _ = choose_kernels(
+        config.model,
+        device=torch.device(device_type()),
+        dtype=TORCH_DTYPES[config.training.dtype],
+        documents=documents,
+        **named,
+    )
+    model_plan = plan_gpt(config.model, seq_length=config.data.seq_length, kernels=kernels, documents=documents)
+    return pipeline_stages(model_plan, partition=config.parallel.pipeline_partition, num_stages=config.parallel.pp)
 
 
 def _threads_to_draw(device: torch.device) -> int:

@@ -148,6 +148,20 @@ def test_a_pattern_of_layers_that_matches_too_few_is_refused(tmp_path: Path) -> 
     assert "matches 0 layers and must match one for each stage, of which there are 1" in said
 
 
+def test_what_no_stage_or_processor_can_take_is_found(tmp_path: Path) -> None:
+    data = ["--data-path", write_corpus(tmp_path), "--dry-run", "--pipeline-model-parallel-size", "3", "--num-layers", "3"]
+    patterns = {"head": "type:unchanged", "embedding": "type:sequence_first|embeddingpipe|layernorm"}
+    lines = {name: [*data, "--pp-partition-method", pattern] for name, pattern in patterns.items()}
+    lines["kernel"] = [*data, "--attention-kernel", "triton"]
+    (_, report, _), *_ = run_ranks(run_and_hear, 3, data)
+    assert "stages      of 4, 1, 5 layers" in report, report
+    outcomes = run_ranks(run_each, 3, lines)[0]
+    assert {name: code for name, (code, _) in outcomes.items()} == {"head": 2, "embedding": 2, "kernel": 4}
+    assert "leaves the last stage without the head: 3 stages of" in outcomes["head"][1]
+    assert "leaves the first stage without the embedding" in outcomes["embedding"][1]
+    assert "'triton' cannot run on cpu" in outcomes["kernel"][1]
+
+
 def _logged(flags: list[str]) -> tuple[list[str], str]:
     """What DeepSpeed logs and what is printed."""
     lines: list[str] = []

@@ -47,7 +47,7 @@ def cross_entropy_statistics(
     part = tl.program_id(0) % num_parts
     row = logits + index.to(tl.int64) * row_stride
     columns = tl.arange(0, BLOCK // 8)[:, None] * 8 + tl.arange(0, 8)[None, :]
-    peak = tl.full([BLOCK // 8], -1.0e38, tl.float32)
+    peak = tl.full([BLOCK // 8], -3.4028234663852886e38, tl.float32)
     total = tl.zeros([BLOCK // 8], tl.float32)
     end = tl.minimum((part + 1) * PART, num_columns)
     for start in tl.range(part * PART, end, BLOCK):
@@ -76,7 +76,7 @@ def cross_entropy_join(
     parts = tl.arange(0, PARTS)
     inside = (rows < num_rows)[:, None] & (parts < num_parts)[None, :]
     places = rows[:, None] * num_parts + parts[None, :]
-    each = tl.load(peaks + places, mask=inside, other=-1.0e38)
+    each = tl.load(peaks + places, mask=inside, other=-3.4028234663852886e38)
     highest = tl.max(each, axis=1)
     sums = tl.load(totals + places, mask=inside, other=0.0) * tl.exp(each - highest[:, None])
     tl.store(peak + rows, highest, mask=rows < num_rows)

@@ -45,7 +45,8 @@ def softmax_forward(
         batch = rows // (num_queries * num_heads)
         places = (batch * mask_batch + head * mask_head + query * mask_query)[:, None] + columns[None, :] * mask_key
         shown = inside & (tl.load(mask + places, mask=inside, other=1) == 0)
-    values = tl.where(shown, values, -1.0e38)
+    # The lowest fp32, not -inf: it is above no score, and a row that is masked throughout is not NaN.
+    values = tl.where(shown, values, -3.4028234663852886e38)
     exponentials = tl.where(shown, tl.exp(values - tl.max(values, axis=1)[:, None]), 0.0)
     total = tl.sum(exponentials, axis=1)
     result = exponentials / tl.where(total == 0.0, 1.0, total)[:, None]

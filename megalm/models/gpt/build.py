@@ -10,7 +10,6 @@ import torch
 from megalm.config.model import ModelConfig
 from megalm.kernels.attention.suitability import AttentionUse
 from megalm.kernels.backend import Choice, choose, choose_add_layer_norm, choose_layer_norm_and_pass
-from megalm.kernels.bias_gelu.eager import bias_gelu_erf
 from megalm.kernels.linear.torch_native import TorchLinear
 from megalm.models.blocks.arrangement import Kernels, Spread
 from megalm.models.gpt.model import GPT
@@ -62,10 +61,8 @@ def choose_kernels(
     if model.glu_activation is not None:
         glu = choose_for("glu", bias_gelu, gate=model.glu_activation)
         choices["bias_gelu"] = Choice(glu.name, glu.implementation(model.glu_activation), glu.reason)
-    elif model.activation == "gelu_erf":
-        choices["bias_gelu"] = Choice("torch", bias_gelu_erf, "the erf GELU has one implementation")
     else:
-        choices["bias_gelu"] = choose_for("bias_gelu", bias_gelu)
+        choices["bias_gelu"] = choose_for("gelu_erf" if model.activation == "gelu_erf" else "bias_gelu", bias_gelu)
     chosen = {name: choice.implementation for name, choice in choices.items()}
     chosen["add_layer_norm"] = choose_add_layer_norm(choices["layer_norm"].name)
     chosen["layer_norm_and_pass"] = choose_layer_norm_and_pass(choices["layer_norm"].name)
@@ -102,6 +99,16 @@ def build_model(plan: GPTPlan, *, seed: int, num_threads: int = 1) -> GPT:
         num_threads=num_threads,
     )
     return module
+
+
+def pipeline_stages(plan: GPTPlan, *, partition: str, num_stages: int) -> list[range]:
+    """Positions of the layers that each stage of the pipeline owns.
+
+    Raises: ConfigError if `partition` does not fit the model and the number of stages.
+    """
+    from megalm.models.gpt.pipeline import deal_stages
+
+    return deal_stages(plan, partition=partition, num_stages=num_stages)
 
 
 def build_pipeline(plan: GPTPlan, *, layout: Layout, partition: str, seed: int, num_threads: int = 1) -> GPTPipeline:

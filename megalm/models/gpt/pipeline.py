@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
+import itertools
 import re
 from collections.abc import Callable
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
+from deepspeed.runtime.utils import partition_balanced, partition_uniform
 from torch import Tensor
 
 from megalm.errors import ConfigError
@@ -119,9 +121,9 @@ def layer_list(plan: GPTPlan) -> list[Callable[..., Any] | LayerSpec]:
 
 
 class GPTPipeline(PipelineModule):
-    """DeepSpeed's PipelineModule that knows its layers' sizes without building them.
+    """DeepSpeed's PipelineModule with layers dealt by `deal_stages`, which builds none to learn their sizes.
 
-    Raises: ConfigError if `partition` is a pattern that matches fewer layers than there are stages.
+    Raises: ConfigError if `partition` does not fit the model and the number of stages.
     """
 
     def __init__(self, plan: GPTPlan, *, layout: Layout, partition: str) -> None:
@@ -131,13 +133,11 @@ class GPTPipeline(PipelineModule):
         def fused_loss(head: HeadInput, labels_and_mask: tuple[Tensor, Tensor]) -> Tensor:
             return fused_next_token_loss(head, *labels_and_mask, plan=plan)
 
-        layers = layer_list(plan)
-        check_partition(partition, [_class_name(layer) for layer in layers], num_stages=layout.pp)
-        self._parameters_of_layer = layer_parameters(plan.shape)
-        # DeepSpeed prints its partition; `stages` gives it to whoever logs.
+        self._stages = deal_stages(plan, partition=partition, num_stages=layout.pp)
+        # DeepSpeed prints which ranks hold tied weights.
         with contextlib.redirect_stdout(io.StringIO()):
             super().__init__(
-                layers=layers,
+                layers=layer_list(plan),
                 topology=PipeModelDataParallelTopology(num_pp=layout.pp, num_mp=layout.tp, num_dp=layout.dp),
                 loss_fn=loss if plan.kernels.head is None else fused_loss,
                 partition_method=partition,
@@ -147,9 +147,11 @@ class GPTPipeline(PipelineModule):
         if not plan.reset_attention:  # Where documents end, layers hand on a pair as it is.
             leave_additions(self.forward_funcs)
 
-    def _count_layer_params(self) -> list[int]:
-        # DeepSpeed's own count builds every layer of the model on every rank.
-        return self._parameters_of_layer
+    def _partition_layers(self, method: str = "uniform") -> None:
+        # DeepSpeed's own would build every layer of the model on every rank to count parameters.
+        self.parts = [0, *(stage.stop for stage in self._stages)]
+        mine = self._stages[self._topo.get_coord(self.global_rank).pipe]
+        self._set_bounds(start=mine.start, stop=mine.stop)
 
     @torch.no_grad()
     def _synchronize_tied_weights(self) -> None:
@@ -162,24 +164,44 @@ class GPTPipeline(PipelineModule):
 
     def stages(self) -> list[range]:
         """Positions of the layers that each stage owns."""
-        return [range(start, stop) for start, stop in zip(self.parts, self.parts[1:], strict=False)]
+        return list(self._stages)
 
 
-def check_partition(partition: str, class_names: list[str], *, num_stages: int) -> None:
-    """Whether each stage gets one of the layers that `type:REGEX` matches, as DeepSpeed searches for it.
+def deal_stages(plan: GPTPlan, *, partition: str, num_stages: int) -> list[range]:
+    """Positions of the layers that each stage owns, as DeepSpeed deals them.
 
-    Raises: ConfigError.
+    `partition` is `uniform` (as many layers to each), `parameters` (as many parameters) or `type:REGEX` (as many of the
+    layers whose class matches, without regard to case).
+    Raises: ConfigError if a pattern matches fewer layers than there are stages, or the first stage would lack the
+        embedding, which takes tokens, or the last one the head, whose result the loss takes.
     """
-    if not partition.lower().startswith("type:"):
-        return
-    pattern = partition.lower().removeprefix("type:")
-    matched = [name for name in class_names if re.search(pattern, name.lower())]
-    if len(matched) < num_stages:
-        raise ConfigError(
-            f"parallel.pipeline_partition = {partition} matches {len(matched)} layers and must match one for each "
-            f"stage, of which there are {num_stages}\n  the layers: {', '.join(dict.fromkeys(class_names))}\n"
-            "  type:transformer|embedding, type:transformer, uniform, parameters"
+    names = [_class_name(layer) for layer in layer_list(plan)]
+    method = partition.lower()
+    if method == "uniform":
+        parts = partition_uniform(num_items=len(names), num_parts=num_stages)
+    elif method == "parameters":
+        parts = partition_balanced(weights=layer_parameters(plan.shape), num_parts=num_stages)
+    else:
+        pattern = re.compile(method.removeprefix("type:"))
+        weights = [int(pattern.search(name.lower()) is not None) for name in names]
+        if sum(weights) < num_stages:
+            raise ConfigError(
+                f"parallel.pipeline_partition = {partition} matches {sum(weights)} layers and must match one for each "
+                f"stage, of which there are {num_stages}\n  the layers: {', '.join(dict.fromkeys(names))}\n"
+                "  type:transformer|embedding, type:transformer, uniform, parameters"
+            )
+        parts = partition_balanced(weights=weights, num_parts=num_stages)
+    stages = [range(start, stop) for start, stop in itertools.pairwise(parts)]
+    if EMBEDDING_LAYER not in stages[0] or head_layer(plan.shape) not in stages[-1]:
+        lacks = (
+            "first stage without the embedding" if EMBEDDING_LAYER not in stages[0] else "last stage without the head"
         )
+        raise ConfigError(
+            f"parallel.pipeline_partition = {partition} leaves the {lacks}: {num_stages} stages of "
+            f"{', '.join(str(len(stage)) for stage in stages)} layers\n"
+            "  type:transformer, the default, deals the blocks evenly; or fewer stages"
+        )
+    return stages
 
 
 def _class_name(layer: Callable[..., Any] | LayerSpec) -> str:

@@ -39,3 +39,12 @@ def test_longer_run_without_its_own_decay_has_another_schedule() -> None:
     assert [one.path for one in found if one.changes_schedule] == ["training.lr_decay_iters"]
     found = differences(smallest("--lr-decay-iters", "8"), smallest("--lr-decay-iters", "8", "--train-iters", "20"))
     assert [(one.path, one.changes_schedule) for one in found] == [("training.train_iters", False)]
+
+
+def test_constant_rate_has_no_decay_to_differ_in() -> None:
+    constant = ("--lr-decay-style", "constant")
+    longer = smallest(*constant, "--train-iters", "20", "--min-lr", "1e-6")
+    assert [one.path for one in differences(smallest(*constant), longer)] == ["training.train_iters"]
+    part = (*constant, "--lr-warmup-fraction", "0.5")
+    found = differences(smallest(*part), smallest(*part, "--train-iters", "20"))
+    assert [one.path for one in found if one.changes_schedule] == ["training.lr_decay_iters"]

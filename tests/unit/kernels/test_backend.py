@@ -34,6 +34,7 @@ def test_auto_names_its_pick_and_the_reason(operation: str) -> None:
         ("bias_gelu", "torch"),
         ("bias_gelu", "jit"),
         ("glu", "torch"),
+        ("gelu_erf", "torch"),
         ("head", "reference"),
         ("head", "chunked"),
         ("linear", "fp32"),
@@ -70,6 +71,11 @@ def test_triton_by_name_is_refused_on_a_cpu_and_where_it_is_not_installed(
     with pytest.raises(KernelError, match=r"'triton' cannot run on cuda: Triton is not installed"):
         backend.choose(operation, "triton", torch.device("cuda"))
     assert backend.choose(operation, "auto", torch.device("cuda")).name != "triton"
+
+
+def test_the_erf_gelu_has_one_implementation_whatever_is_asked_for() -> None:
+    with pytest.raises(KernelError, match=r"output.bias_gelu = 'jit' is not .* gelu_erf\n.*: auto, torch$"):
+        backend.choose("gelu_erf", "jit", CPU)
 
 
 @pytest.mark.skipif(not INSTALLED, reason="Triton is not installed")

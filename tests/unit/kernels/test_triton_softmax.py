@@ -61,3 +61,10 @@ def test_strided_scores_other_masks_and_empty_inputs(triton_device: torch.device
     assert scale_mask_softmax(scores[:0], mask[:0], scale=1.0).shape == (0, 3, 6, 20)
     with pytest.raises(ValueError, match="k at most"):
         scale_mask_softmax(torch.empty(1, WIDEST + 1), None, scale=1.0)
+
+
+def test_no_score_is_below_what_is_masked(triton_device: torch.device) -> None:
+    scores = torch.tensor([[-2.0e38, -3.0e38, 0.0], [-torch.finfo(torch.float32).max] * 3], device=triton_device)
+    mask = torch.tensor([[False, False, True], [False, False, True]], device=triton_device)
+    weights = scale_mask_softmax(scores, mask, scale=1.0)
+    assert weights.tolist() == [[1.0, 0.0, 0.0], [0.5, 0.5, 0.0]]
