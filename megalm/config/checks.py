@@ -30,6 +30,14 @@ NOT_NEGATIVE = (
     "training.clip_grad", "training.z_loss_coeff", "training.eval_interval", "training.seed", "data.num_workers",
     "data.valid_num_workers",
 )  # fmt: skip
+IN_PLACE_OF_ZERO = {
+    "training.lr": "--eval-only measures a model without training it",
+    "training.eval_iters": "--eval-interval 0 leaves validation out",
+    "training.exit_interval": "leave it out for a run that ends with its steps",
+    "output.save_interval": "leave it out for a run that saves at its end alone",
+    "output.log_interval": "more than the steps of the run for a log without them",
+}
+"""What to do in place of a 0 that other trainers take."""
 FRACTIONS = (
     "model.hidden_dropout", "model.attention_dropout", "training.adam_beta1", "training.adam_beta2",
     "training.lr_warmup_fraction",
@@ -80,7 +88,8 @@ def _ranges(config: Config) -> Iterator[Failure]:
     for path in POSITIVE:
         value = config.get(path)
         if value is not None and value <= 0:
-            yield Failure(f"{set_to(config, path)} must be greater than 0", origins(config, path))
+            remedy = IN_PLACE_OF_ZERO.get(path, "")
+            yield Failure(f"{set_to(config, path)} must be greater than 0", origins(config, path), remedy)
     for path in NOT_NEGATIVE:
         value = config.get(path)
         if value is not None and value < 0:

@@ -8,6 +8,22 @@ from megalm.config.option import option
 
 SAMPLE_ORDERS = ("bigscience", "megatron-core")
 TOKENIZERS = ("PretrainedFromHF", "GPT2BPETokenizer", "SentencePieceTokenizer", "NullTokenizer")
+OTHER_TOKENIZER_NAMES = {
+    "HuggingFaceTokenizer": "PretrainedFromHF",
+    "HFTokenizer": "PretrainedFromHF",
+    "GPTSentencePieceTokenizer": "SentencePieceTokenizer",
+}
+"""Names that Megatron-LM and Microsoft's Megatron-DeepSpeed have for what is read here."""
+REFUSED_TOKENIZERS = {
+    "bertwordpiecelowercase": "pass --tokenizer-type PretrainedFromHF with a folder that holds BERT's tokenizer.json",
+    "bertwordpiececase": "pass --tokenizer-type PretrainedFromHF with a folder that holds BERT's tokenizer.json",
+    "llama2tokenizer": "pass --tokenizer-type SentencePieceTokenizer, which adds no begin token, or PretrainedFromHF",
+    "tiktokenizer": "convert the vocabulary to a tokenizer.json and pass --tokenizer-type PretrainedFromHF",
+    "multimodaltokenizer": "documents here are text: pass the tokenizer of the text",
+    "nullmultimodaltokenizer": "documents here are text: pass --tokenizer-type NullTokenizer",
+    "sfttokenizer": "apply the conversation template before, and pass the tokenizer of the text",
+}
+"""Types of theirs that are not read, in lower case, and what to do instead."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +46,11 @@ class DataConfig:
     reset_position_ids: bool = option(False, doc="Positions start again after each end of document.")
     reset_attention_mask: bool = option(False, doc="A token attends only within its document.")
     tokenizer_type: str = option(
-        "PretrainedFromHF", doc="Which tokenizer class reads the tokenizer's files.", choices=TOKENIZERS
+        "PretrainedFromHF",
+        doc="Which tokenizer class reads the tokenizer's files.",
+        choices=TOKENIZERS,
+        spellings=OTHER_TOKENIZER_NAMES,
+        instead=REFUSED_TOKENIZERS,
     )
     tokenizer_path: str | None = option(
         None, doc="Tokenizer folder or tokenizer.json; a .model file for SentencePiece."

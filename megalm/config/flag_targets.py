@@ -4,13 +4,6 @@ from __future__ import annotations
 
 from megalm.config.flags import command, switch, takes
 
-OTHER_TOKENIZER_NAMES = {
-    "HuggingFaceTokenizer": "PretrainedFromHF",
-    "HFTokenizer": "PretrainedFromHF",
-    "GPTSentencePieceTokenizer": "SentencePieceTokenizer",
-}
-"""Names that Megatron-LM and Microsoft's Megatron-DeepSpeed have for what is read here."""
-
 COMMANDS = (
     command("--help", "0", "Print this text and stop."),
     command("--config", "+", "YAML presets; a later file overrides an earlier one, flags override files."),
@@ -26,7 +19,7 @@ COMMANDS = (
     command(
         "--dry-run",
         "0",
-        "Check options, DeepSpeed's keys, kernels and stages, open tokenizer, corpora and checkpoint, print the plan, and stop.",
+        "Check options, DeepSpeed's keys, stages and kernels, open tokenizer, corpora and checkpoint; print the plan.",
     ),
 )
 
@@ -117,7 +110,7 @@ TARGETS = (
     switch("--eod-mask-loss", "data.eod_mask_loss", True),
     switch("--reset-position-ids", "data.reset_position_ids", True),
     switch("--reset-attention-mask", "data.reset_attention_mask", True),
-    takes("--tokenizer-type", "data.tokenizer_type", words=OTHER_TOKENIZER_NAMES),
+    takes("--tokenizer-type", "data.tokenizer_type"),
     takes("--tokenizer-name-or-path", "data.tokenizer_path"),
     takes("--tokenizer-model", "data.tokenizer_path"),
     takes("--vocab-file", "data.vocab_file"),

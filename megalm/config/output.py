@@ -56,7 +56,12 @@ class OutputConfig:
     )
     wandb_dir: str | None = option(None, doc="Folder of the W&B records; the save folder when not given.")
     plot: str | None = option(None, doc="PNG that receives the training and validation curve at the end.")
-    log_level: str = option("info", doc="Least severe message shown.", choices=("debug", "info", "warning", "error"))
+    log_level: str = option(
+        "info",
+        doc="Least severe message shown.",
+        choices=("debug", "info", "warning", "error"),
+        spellings={"passive": "info", "critical": "error"},
+    )
 
     attention: str = option(
         "auto",

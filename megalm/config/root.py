@@ -77,6 +77,8 @@ class OptionInfo:
     default: Any
     doc: str
     choices: tuple[Any, ...]
+    spellings: Mapping[str, Any]
+    instead: Mapping[str, str]
 
 
 @lru_cache(maxsize=1)
@@ -112,4 +114,6 @@ def _describe(path: str, declared: Field[Any], hint: Any) -> OptionInfo:
         default=None if required else declared.default,
         doc=declared.metadata["doc"],
         choices=declared.metadata["choices"],
+        spellings=declared.metadata["spellings"],
+        instead=declared.metadata["instead"],
     )

@@ -99,6 +99,12 @@ def _three(numbers: list[int]) -> tuple[int, int, int]:
 
 
 def _chosen(info: OptionInfo, value: Any) -> Any:
-    if info.choices and value not in info.choices:
-        raise ValueError(f"expected one of {', '.join(map(str, info.choices))}, got {value!r}")
-    return value
+    if not info.choices or value in info.choices:
+        return value
+    if value in info.spellings:
+        return info.spellings[value]
+    remedy = info.instead.get(str(value).lower())
+    if remedy is not None:
+        raise ValueError(remedy)
+    spelled = f", or {', '.join(info.spellings)}" if info.spellings else ""
+    raise ValueError(f"expected one of {', '.join(map(str, info.choices))}{spelled}, got {value!r}")

@@ -7,23 +7,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from megalm.config.data import TOKENIZERS
-from megalm.config.flag_targets import OTHER_TOKENIZER_NAMES
+from megalm.config.data import OTHER_TOKENIZER_NAMES, REFUSED_TOKENIZERS, TOKENIZERS
 from megalm.errors import ConfigError
 
 TOKENIZER_TYPES = {
     **{name.lower(): name for name in TOKENIZERS},
     **{name.lower(): kind for name, kind in OTHER_TOKENIZER_NAMES.items()},
-}
-
-REFUSED_TYPES = {
-    "bertwordpiecelowercase": "pass --tokenizer-type PretrainedFromHF with a folder that holds BERT's tokenizer.json",
-    "bertwordpiececase": "pass --tokenizer-type PretrainedFromHF with a folder that holds BERT's tokenizer.json",
-    "llama2tokenizer": "pass --tokenizer-type SentencePieceTokenizer, which adds no begin token, or PretrainedFromHF",
-    "tiktokenizer": "convert the vocabulary to a tokenizer.json and pass --tokenizer-type PretrainedFromHF",
-    "multimodaltokenizer": "documents here are text: pass the tokenizer of the text",
-    "nullmultimodaltokenizer": "documents here are text: pass --tokenizer-type NullTokenizer",
-    "sfttokenizer": "apply the conversation template before, and pass the tokenizer of the text",
 }
 
 
@@ -74,7 +63,7 @@ FOREIGN_FLAGS = (
     ForeignFlag("--tokenizer-sentencepiece-legacy", "leave it out: models are read as they are", refused=True),
     ForeignFlag("--sft-tokenizer-prompt-format", "apply the template to the text before", "value", refused=True),
     *(
-        ForeignFlag(name, REFUSED_TYPES["tiktokenizer"], takes, refused=True)
+        ForeignFlag(name, REFUSED_TOKENIZERS["tiktokenizer"], takes, refused=True)
         for name, takes in (
             ("--tiktoken-pattern", "value"),
             ("--tiktoken-num-special-tokens", "value"),
@@ -129,7 +118,7 @@ def tokenizer_type(name: str) -> str:
 
     Raises: ConfigError for types of other tools that are not read.
     """
-    remedy = REFUSED_TYPES.get(name.lower())
+    remedy = REFUSED_TOKENIZERS.get(name.lower())
     if remedy is not None:
         raise ConfigError(f"--tokenizer-type {name} is not read\n  {remedy}")
     return TOKENIZER_TYPES.get(name.lower(), name)

@@ -96,6 +96,10 @@ def test_two_flags_that_set_one_field_differently_are_refused() -> None:
         ("--remote-device cpu", "offload_param"),
         ("--vocab-extra-ids 100", "sentinels of T5"),
         ("--fp16 --accumulate-allreduce-grads-in-fp32", "pass --bf16"),
+        ("--tokenizer-type Llama2Tokenizer", "pass --tokenizer-type SentencePieceTokenizer"),
+        ("data.tokenizer_type=BertWordPieceCase", "a folder that holds BERT's tokenizer.json"),
+        ("--eval-iters 0", "--eval-interval 0 leaves validation out"),
+        ("--lr 0", "--eval-only"),
     ],
 )
 def test_flags_of_older_launch_lines_are_answered(words: str, remedy: str) -> None:
@@ -127,8 +131,10 @@ def test_two_files_without_a_type_are_gpt2s_tokenizer() -> None:
 
 
 @pytest.mark.parametrize("name", ["HuggingFaceTokenizer", "HFTokenizer"])
-def test_other_names_of_tokenizer_types_are_known(name: str) -> None:
+def test_other_names_of_tokenizer_types_are_known_wherever_they_stand(name: str) -> None:
     assert smallest("--tokenizer-type", name).data.tokenizer_type == "PretrainedFromHF"
+    assert smallest(f"data.tokenizer_type={name}").data.tokenizer_type == "PretrainedFromHF"
+    assert smallest("--log-level", "critical").output.log_level == "error"
 
 
 def test_every_missing_field_is_named_at_once() -> None:
