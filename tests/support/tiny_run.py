@@ -43,6 +43,7 @@ class RankOutcome:
     """What one rank has at the end: every rank has the losses, each has its part of the weights."""
 
     losses: list[float]
+    rates: list[float]
     grad_norms: list[float | None]
     weights: dict[str, tuple[np.ndarray[Any, Any], int | None]]
     tp_rank: int
@@ -78,6 +79,7 @@ def train_tiny(flags: list[str]) -> RankOutcome:
         train(run)
         return RankOutcome(
             losses=[m.loss for m in collector.steps],
+            rates=[m.lr for m in collector.steps],
             grad_norms=[m.grad_norm for m in collector.steps],
             weights=local_weights(run),
             tp_rank=run.topology.tp.rank,
