@@ -30,7 +30,7 @@ from megalm.checkpoint.huggingface import BLOOM, renamed
 from megalm.checkpoint.identity import resolved_fields
 from megalm.checkpoint.manifest import Manifest
 from megalm.checkpoint.special_ids import KEPT
-from megalm.checkpoint.split import write_layer_files
+from megalm.checkpoint.split import check_layout, write_layer_files
 from megalm.checkpoint.tensor_files import is_finite
 from megalm.config.model import ModelConfig
 from megalm.errors import CheckpointError
@@ -87,7 +87,7 @@ def import_folder(
     foreign = _with_head(foreign, weights)
     shape = gpt_shape(foreign.model)
     _check_names(source, weights, shape, family=foreign.family)
-    _check_sizes(foreign.model, tp_size=tp_size, pp_size=pp_size)
+    check_layout(shape, tp_size=tp_size, pp_size=pp_size)
     with writing_to(destination):
         _check_destination(destination)
     final = destination / layout.step_folder(0)
@@ -139,20 +139,6 @@ def _check_destination(destination: Path) -> None:
         raise CheckpointError(f"{destination} is a file\n  give a folder")
     if destination.exists() and any(destination.iterdir()):
         raise CheckpointError(f"{destination} is not empty, and nothing is overwritten\n  give another folder")
-
-
-def _check_sizes(model: ModelConfig, *, tp_size: int, pp_size: int) -> None:
-    if not 1 <= pp_size <= model.num_layers:
-        raise CheckpointError(
-            f"--pipeline-model-parallel-size {pp_size} must be 1 to the {model.num_layers} layers of the model"
-        )
-    sizes = {"num_heads": model.num_heads, "ffn": model.ffn_size, "vocabulary": model.padded_vocab_size}
-    for name, size in sizes.items():
-        if tp_size < 1 or size % tp_size != 0:
-            raise CheckpointError(
-                f"--tensor-model-parallel-size {tp_size} must divide the model's {name} = {size}\n"
-                "  1 always fits; the run that loads the result may use another size"
-            )
 
 
 def _converted(

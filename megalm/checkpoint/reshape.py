@@ -34,11 +34,10 @@ from megalm.checkpoint.identity import read_config
 from megalm.checkpoint.manifest import Manifest
 from megalm.checkpoint.optimizer_files import MASTER, MOMENTS, OptimizerFiles, read_engine_state
 from megalm.checkpoint.source import Source, open_checkpoint
-from megalm.checkpoint.split import shard, write_layer_files
+from megalm.checkpoint.split import check_layout, shard, write_layer_files
 from megalm.checkpoint.tensor_files import DynamicLossScaler, FragmentAddress, LossScaler, write_tensors
 from megalm.checkpoint.universal import pipeline_name
 from megalm.errors import CheckpointError
-from megalm.models.gpt.shape import GPTShape
 from megalm.models.gpt.weights import FIRST_BLOCK_LAYER, Weight, weight_table
 
 COUNTERS = ("global_steps", "global_samples", "skipped_steps")
@@ -62,7 +61,7 @@ def reshape_checkpoint(
     Raises: CheckpointError if the sizes do not fit the model, or the destination has this step already.
     """
     source = open_checkpoint(checkpoint)
-    check_sizes(source.shape, tp_size=tp_size, pp_size=pp_size)
+    check_layout(source.shape, tp_size=tp_size, pp_size=pp_size)
     with offline_folder(destination, source.manifest.step) as folder:
         records = _write_layers(source, folder, tp_size=tp_size, num_threads=num_threads, progress=progress)
         optimizer = source.optimizer()
@@ -83,31 +82,6 @@ def reshape_checkpoint(
                         progress(f"optimizer of stage {stage}, tensor rank {tp_rank}", records[-1].bytes)
         write_descriptions(source, folder, manifest, records)
     return destination / layout.step_folder(source.manifest.step)
-
-
-def check_sizes(shape: GPTShape, *, tp_size: int, pp_size: int) -> None:
-    """Refuse sizes that no run could load the result at.
-
-    Raises: CheckpointError that names the sizes that fit.
-    """
-    if min(tp_size, pp_size) < 1:
-        raise CheckpointError(f"parallel sizes must be at least 1, not {tp_size} and {pp_size}")
-    if pp_size > shape.num_layers:
-        raise CheckpointError(
-            f"{pp_size} pipeline stages do not fit {shape.num_layers} layers\n  sizes that fit: 1 to {shape.num_layers}"
-        )
-    parts = {
-        "attention heads": shape.block.num_heads,
-        "units of the MLP": shape.block.ffn_size,
-        "rows of vocabulary": shape.vocab_rows,
-    }
-    fitting = [size for size in range(1, shape.block.num_heads + 1) if all(n % size == 0 for n in parts.values())]
-    for name, count in parts.items():
-        if count % tp_size:
-            raise CheckpointError(
-                f"the {count} {name} cannot be cut into {tp_size} parts\n"
-                f"  tensor-parallel sizes that fit: {', '.join(map(str, fitting))}"
-            )
 
 
 @contextlib.contextmanager

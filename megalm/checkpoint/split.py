@@ -12,7 +12,33 @@ from megalm.checkpoint import layout
 from megalm.checkpoint.durable import FileRecord
 from megalm.checkpoint.tensor_files import snapshot, write_tensors
 from megalm.errors import CheckpointError
+from megalm.models.gpt.shape import GPTShape
 from megalm.models.gpt.weights import Weight
+
+
+def check_layout(shape: GPTShape, *, tp_size: int, pp_size: int) -> None:
+    """Refuse sizes that no run could load the result at.
+
+    Raises: CheckpointError that names the sizes that fit.
+    """
+    if min(tp_size, pp_size) < 1:
+        raise CheckpointError(f"parallel sizes must be at least 1, not {tp_size} and {pp_size}")
+    if pp_size > shape.num_layers:
+        raise CheckpointError(
+            f"{pp_size} pipeline stages do not fit {shape.num_layers} layers\n  sizes that fit: 1 to {shape.num_layers}"
+        )
+    parts = {
+        "attention heads": shape.block.num_heads,
+        "units of the MLP": shape.block.ffn_size,
+        "rows of vocabulary": shape.vocab_rows,
+    }
+    fitting = [size for size in range(1, shape.block.num_heads + 1) if all(n % size == 0 for n in parts.values())]
+    for name, count in parts.items():
+        if count % tp_size:
+            raise CheckpointError(
+                f"the {count} {name} cannot be cut into {tp_size} parts\n"
+                f"  tensor-parallel sizes that fit: {', '.join(map(str, fitting))}"
+            )
 
 
 def write_layer_files(

@@ -405,7 +405,7 @@ def test_a_folder_in_use_is_not_touched(tmp_path: Path) -> None:
 
 def test_a_tensor_parallel_size_that_does_not_divide_is_refused(tmp_path: Path) -> None:
     bloom(4, 37).save_pretrained(tmp_path / "hf")
-    with pytest.raises(CheckpointError, match="vocabulary = 37"):
+    with pytest.raises(CheckpointError, match=r"the 37 rows of vocabulary cannot be cut into 2 parts\n.* that fit: 1$"):
         import_folder(tmp_path / "hf", tmp_path / "run", tp_size=2)
 
 
