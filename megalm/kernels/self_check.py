@@ -189,8 +189,8 @@ def _glu(kernel: Any, draw: Draw, demand: Demand) -> Comparison:
 def _head(kernel: Any, draw: Draw, demand: Demand) -> Comparison:
     """Rows of the whole vocabulary at once; statistics and gradient apart, as tensor-parallel ranks and fp16 take them;
     and the factors, on rows as wide as the hidden states."""
-    logits, x = draw(9, 5000), draw(9, demand.hidden_size)
-    labels = torch.arange(9, device=logits.device) * 500
+    logits, x = draw(9, 40_000), draw(9, demand.hidden_size)  # Kernels take long rows in several parts.
+    labels = torch.arange(9, device=logits.device) * 4500
     elsewhere = torch.where(labels % 1000 == 0, labels, -1)
     weights = torch.linspace(0.5, 1.5, 9, device=logits.device)
     factors, factor = weights + 1.0, torch.full((), 0.75, device=logits.device)

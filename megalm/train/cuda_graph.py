@@ -26,6 +26,15 @@ STEPS_BEFORE = 1
 """Steps that run kernel by kernel: they compile, choose algorithms and allocate the optimizer's state."""
 
 
+DEEPSPEED_MEASURES: dict[str, Callable[[Any], bool]] = {
+    "wall_clock_breakdown": bool,
+    "memory_breakdown": bool,
+    "timers": lambda timers: bool(((timers or {}).get("throughput") or {}).get("enabled")),
+    "flops_profiler": lambda profiler: bool((profiler or {}).get("enabled")),
+}
+"""Keys of its configuration with which DeepSpeed measures what a micro-batch does, and whether a value asks for it."""
+
+
 class Recording(Protocol):
     """The work of a function, to be done again without the function."""
 
@@ -123,6 +132,7 @@ class MicroBatchGraph:
             self._backward_one_by_one(raw, buffer_id)
             self._sums.add_waiting()
 
+        recorded = None
         try:
             recording = self._record(work)
             recorded = _Recorded(recording, inputs, raw.loss.detach())
@@ -130,11 +140,11 @@ class MicroBatchGraph:
             self._gave_up = True
             self._sums.forget_waiting()
             raw.optimizer.clear_lp_grads(set_to_none=True)
+            raw.pipe_buffers["outputs"][buffer_id] = None  # It holds the activations of a micro-batch that failed.
             self._console.warning(
                 f"CUDA graph: off, as a micro-batch could not be recorded ({str(failure).splitlines()[0]}); "
                 "--no-cuda-graph does not try"
             )
-            recorded = None
         finally:
             raw.total_loss = total
             raw.fwd_outputs.clear()
@@ -182,6 +192,9 @@ def obstacle(config: Config, topology: Topology, *, attention: str) -> str | Non
         return "ranks send within a micro-batch"
     if training.dtype != "bf16" or effective_zero_stage(config) != 1:
         return "gradients have a fixed place in bf16 with ZeRO-0 and ZeRO-1 alone"
+    for key, measures in DEEPSPEED_MEASURES.items():
+        if measures(config.deepspeed.get(key)):
+            return f"{key} of the DeepSpeed configuration measures inside micro-batches, where a graph runs no Python"
     if model.hidden_dropout > 0.0 or model.attention_dropout > 0.0:
         return "dropout draws other numbers in every micro-batch"
     if attention != "triton" and not (attention == "sdpa" and model.position_embedding != "alibi"):

@@ -232,12 +232,12 @@ def _join_norms(optimizer: Any, topology: Topology) -> None:
 
     Communicates: one all-gather of small objects over the world.
     """
-    from deepspeed.runtime.utils import combine_grad_norm_groups
-
     own = len(optimizer.bit16_groups)
     missing = max(exchange(own, topology.world)) - own
     if not missing:
         return
+    from deepspeed.runtime.utils import combine_grad_norm_groups
+
     norm_of_own_groups = optimizer.scaled_global_norm
 
     def norm_of_all_groups(norm_type: int = 2) -> torch.Tensor:

@@ -47,13 +47,14 @@ class GradientSums:
         """Of each group's sums, what this rank updates with."""
         self._counted: list[Tensor] = []
         """Of those, the parameters that the norm is of."""
+        adding = _adding_to_aligned_sums(owner)
         for group, parameters in enumerate(owner.bf16_groups):
             if parameters and all(parameter.dim() < 2 for parameter in parameters):
                 self._waiting[group] = {}
             for index, parameter in enumerate(parameters):
                 total = self._total(group, index)
                 parameter._hp_grad = total  # where PipelineEngine finds the gradients of tied weights
-                if adds_gradients(parameter):
+                if adding and adds_gradients(parameter):
                     # Changes of `.data` are its own; all other views of DeepSpeed's buffer count theirs together.
                     give_gradient_sum(parameter, GradientSum(total.data.view(parameter.shape), kernel))
             flat = owner.fp32_groups_gradients_flat[group]
@@ -131,6 +132,20 @@ class GradientSums:
     def _total(self, group: int, index: int) -> Tensor:
         total: Tensor = self._owner.fp32_groups_gradients[group][index]
         return total
+
+
+def _adding_to_aligned_sums(owner: Any) -> bool:
+    """Whether all sums that users of parameters add to by themselves begin at a multiple of 16 bytes.
+
+    Compiled code copies an input that does not where it was compiled for one that does, and would add to the copy. In a
+    flat buffer that takes matrices of odd sizes.
+    """
+    return all(
+        total.data_ptr() % 16 == 0
+        for parameters, totals in zip(owner.bf16_groups, owner.fp32_groups_gradients, strict=True)
+        for parameter, total in zip(parameters, totals, strict=True)
+        if adds_gradients(parameter)
+    )
 
 
 def _runs(parameters: list[nn.Parameter], counts: Callable[[nn.Parameter], bool], within: range) -> list[range]:

@@ -24,6 +24,14 @@ pytestmark = pytest.mark.dist
 
 NO_DROPOUT = {"hidden_dropout": 0.0, "attention_dropout": 0.0}
 QUIET = Console(False, "error")
+MEASURING: list[dict[str, Any]] = [
+    {"wall_clock_breakdown": True},
+    {"memory_breakdown": True},
+    {"timers": {"throughput": {"enabled": True}}},
+    {"flops_profiler": {"enabled": True}},
+    {"flops_profiler": {"enabled": False}, "timers": {"throughput": {"synchronized": True}}},
+]
+"""Of the DeepSpeed configuration; the last one measures nothing."""
 
 
 class Recorder:
@@ -146,6 +154,7 @@ def _obstacles() -> list[str | None]:
         obstacle(tiny_config(dtype="bf16"), on_gpu, attention="triton"),
         obstacle(tiny_config(dtype="fp16", **NO_DROPOUT), on_gpu, attention="triton"),
         obstacle(tiny_config(dtype="bf16", zero_stage=2, **NO_DROPOUT), on_gpu, attention="triton"),
+        *(obstacle(replace(config, deepspeed=keys), on_gpu, attention="triton") for keys in MEASURING),
     ]
     asked = replace(config, output=replace(config.output, cuda_graph="on"))
     try:
@@ -156,8 +165,9 @@ def _obstacles() -> list[str | None]:
 
 
 def test_a_graph_is_refused_with_the_reason() -> None:
-    ((cpu, none, attention, dropout, scaled, sharded, refused),) = run_ranks(_obstacles, 1)
-    assert none is None
+    ((cpu, none, attention, dropout, scaled, sharded, *measuring, unmeasured, refused),) = run_ranks(_obstacles, 1)
+    assert none is None and unmeasured is None
+    assert [found.split()[0] for found in measuring] == [key for keys in MEASURING[:-1] for key in keys]
     assert "GPUs" in cpu
     assert "baddbmm" in attention
     assert "dropout" in dropout

@@ -94,6 +94,16 @@ def test_parameters_whose_users_add_are_told_where() -> None:
     assert gradient_sum_of(owner.bf16_groups[0][1]) is None
 
 
+def test_no_user_adds_where_a_sum_is_not_aligned() -> None:
+    owner = _owner()
+    owner.bf16_groups[0] = [mark_adding(nn.Parameter(torch.zeros(sizes))) for sizes in ((3, 4), (5, 2), (1, 2))]
+    owner.fp32_groups_gradients[0] = list(torch.split(owner.fp32_groups_gradients_flat[0], [12, 10, 2]))
+    sums = GradientSums(owner, TorchGradientSum())
+    assert [gradient_sum_of(parameter) for parameter in owner.bf16_groups[0]] == [None] * 3
+    _give(sums, owner, 0, 2, 1.0)
+    assert owner.fp32_groups_gradients_flat[0].tolist() == [0.0] * 22 + [1.0] * 2
+
+
 def test_the_norm_is_of_this_replica_s_part_of_the_parameters_that_count(monkeypatch: pytest.MonkeyPatch) -> None:
     owner = _owner()
     left_out = owner.bf16_groups[0][1], owner.bf16_groups[1][0]
