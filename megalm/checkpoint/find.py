@@ -46,7 +46,8 @@ def find_checkpoint(
     progress: Progress | None = None,
     verified: Callable[[Verification], None] | None = None,
 ) -> Path:
-    """The checkpoint that `latest` names if every byte of it is right, else the newest valid one, with a warning.
+    """The checkpoint that `latest` names if every byte of it is right, else the newest valid one before it, with a
+    warning; one of a later step, which a run that was taken back has left, if there is no other.
 
     With `step`, that checkpoint or an error. With `universal`, the one that `latest_universal` names, as without it
     where there is no `latest`. `folder` may also be one checkpoint's own folder. The ranks of `world` share the hashing
@@ -111,7 +112,12 @@ def candidates(folder: Path, step: int | None, universal: bool) -> tuple[list[Pa
         return newest_first, [f"{latest} cannot be read ({error})"]
     if named not in newest_first:
         return newest_first, [f"{latest} names {named.name}, which is not there"]
-    return [named, *(path for path in newest_first if path != named)], []
+    # Steps after the one that `latest` names are of a run that was taken back to it, or were never finished.
+    last = next(number for number, path in published if path == named)
+    before, after = (
+        [path for n, path in published if path != named and (n > last) is later] for later in (False, True)
+    )
+    return [named, *before, *after], []
 
 
 def _named_universal(folder: Path) -> tuple[list[Path], list[str]]:

@@ -38,16 +38,18 @@ def published_checkpoints(folder: Path) -> list[tuple[int, Path]]:
 def remove_outdated(folder: Path, retention: Retention, *, newest: Path) -> tuple[tuple[Path, ...], tuple[str, ...]]:
     """Remove the checkpoints that need not stay: (what was removed, what could not be).
 
-    `newest` was just published and always stays, so the folder never loses its last valid checkpoint; of the others,
-    those with the highest steps stay. A folder that cannot be removed is no reason to stop a run.
+    `newest` was just published and always stays, so the folder never loses its last valid checkpoint; of those before
+    it, the ones with the highest steps stay. Later steps, of a run that was taken back to an earlier one, do not count
+    and stay until they are replaced. A folder that cannot be removed is no reason to stop a run.
     """
     if retention.keep_last is None:
         return (), ()
-    every = retention.keep_every
+    every, published = retention.keep_every, published_checkpoints(folder)
+    last = max((step for step, path in published if path == newest), default=0)
     others = [
         path
-        for step, path in published_checkpoints(folder)
-        if path != newest and not (every is not None and step % every == 0)
+        for step, path in published
+        if path != newest and step <= last and not (every is not None and step % every == 0)
     ]
     removed, problems = [], []
     for path in others[max(0, retention.keep_last - 1) :]:

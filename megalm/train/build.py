@@ -39,6 +39,7 @@ from megalm.topology.agree import exchange, together
 from megalm.topology.start import Launch, device_type, start, stop
 from megalm.topology.topology import Topology
 from megalm.train.compile import compile_blocks
+from megalm.train.continuing import check_save_folder
 from megalm.train.cuda_graph import MicroBatchGraph, choose_cuda_graph
 from megalm.train.dry_run import look
 from megalm.train.engine import Engine, build_engine
@@ -143,6 +144,8 @@ def build(plan: Plan, topology: Topology) -> Run:
     console = Console(topology.world.is_first, config.output.log_level)
     for line in (_summary(plan, topology), *notes(config)):
         console.info(line)
+    if config.output.load is None:  # Before minutes go into samples and weights; what is loaded decides otherwise.
+        together(topology, partial(check_save_folder, config, None))
     batch_size = BatchSize.from_config(config.training, dp_size=topology.dp.size)
     datasets = together(topology, partial(_open_datasets, plan, verifies=topology.local_rank == 0, log=console.info))
     for line in datasets.report:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from megalm.checkpoint.identity import read_config
+from megalm.checkpoint.retention import published_checkpoints
 from megalm.config.compare import Difference, differences
 from megalm.config.root import Config
 from megalm.errors import CheckpointError, ConfigError
@@ -14,6 +15,39 @@ from megalm.errors import CheckpointError, ConfigError
 def or_afresh(error: CheckpointError) -> CheckpointError:
     """The error of a run that finds no checkpoint, with the way on that a run has and a tool has not."""
     return CheckpointError(f"{error}, or start from step 0 with --allow-fresh-start")
+
+
+def check_save_folder(config: Config, loaded: Path | None) -> None:
+    """Whether all checkpoints in `--save` are of this run, which starts from `loaded`, or from nothing.
+
+    Raises: CheckpointError if there are others: the run would replace them step by step, remove them in place of its
+        own, and go on from one of them if its own were damaged.
+    """
+    output = config.output
+    if output.save is None or config.training.eval_only:
+        return
+    folder = Path(output.save)
+    continues = output.load is not None and _same(folder, Path(output.load) if loaded is None else loaded.parent)
+    resets = output.finetune or output.reset_progress
+    if not folder.is_dir() or (continues and not (resets and loaded is not None)):
+        return
+    others = [
+        path for step, path in published_checkpoints(folder) if loaded is None or step > 0 or not _same(path, loaded)
+    ]
+    if others:
+        named = ", ".join(path.name for path in others[:3]) + (
+            "" if len(others) <= 3 else f" and {len(others) - 3} more"
+        )
+        start = "counts from step 0" if resets or loaded is None else f"goes on from {loaded}"
+        remedy = "" if resets else f"--load {folder} goes on from them; for another run "
+        raise CheckpointError(
+            f"{folder} holds checkpoints of another run than this one, which {start}: {named}\n"
+            f"  {remedy}give another --save, or move them away"
+        )
+
+
+def _same(one: Path, other: Path) -> bool:
+    return one.resolve() == other.resolve()
 
 
 def compare(

@@ -13,7 +13,7 @@ from megalm.config.root import Config
 from megalm.data.build import open_corpora
 from megalm.errors import CheckpointError
 from megalm.tokenizers.protocol import Tokenizer
-from megalm.train.continuing import compare, or_afresh
+from megalm.train.continuing import check_save_folder, compare, or_afresh
 from megalm.train.engine import check_deepspeed_keys
 
 BYTES_PER_PARAMETER = {"fp32": 12, "bf16": 14, "fp16": 14}
@@ -31,6 +31,8 @@ def look(config: Config, tokenizer: Tokenizer, *, num_parameters: int, dp_size: 
     found = {"corpora": "; ".join([f"{len(corpora):,}, with {tokens:,} tokens", *warnings])}
     if config.output.load is not None:
         found["load"] = _checkpoint(config, Path(config.output.load))
+    else:
+        check_save_folder(config, None)
     if config.output.save is not None:
         found["save"] = _room(Path(config.output.save), num_parameters * BYTES_PER_PARAMETER[config.training.dtype])
     return found
@@ -41,8 +43,10 @@ def _checkpoint(config: Config, folder: Path) -> str:
     paths, remarks = candidates(folder, None, config.output.universal_checkpoint)
     if not paths:
         if config.output.allow_fresh_start:
+            check_save_folder(config, None)
             return f"nothing in {folder}: the run starts from step 0, as --allow-fresh-start says"
         raise or_afresh(none_valid(folder, remarks))
+    check_save_folder(config, paths[0])
     said: list[str] = []
     compare(config, paths[0], info=said.append, warn=said.append)
     return "; ".join([f"{paths[0]}, whose hashes are verified when it is loaded", *said])

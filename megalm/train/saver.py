@@ -6,6 +6,7 @@ import contextlib
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from megalm.checkpoint.background import BackgroundSaver
@@ -18,8 +19,9 @@ from megalm.config.root import Config
 from megalm.errors import CheckpointError, ConfigError
 from megalm.parallel.random import RngStreams
 from megalm.telemetry.console import Console
+from megalm.topology.agree import together
 from megalm.topology.topology import Topology
-from megalm.train.continuing import compare, or_afresh
+from megalm.train.continuing import check_save_folder, compare, or_afresh
 from megalm.train.engine import Engine
 from megalm.train.state import TrainState
 
@@ -136,7 +138,7 @@ class Saver:
         """The state to continue from: that of the checkpoint in `--load`, or step 0 without one.
 
         Raises: CheckpointError, the same on every rank, if the folder holds no valid checkpoint, unless
-        --allow-fresh-start was given.
+        --allow-fresh-start was given, or if `--save` holds another run's.
         """
         output = self.config.output
         if output.load is None:
@@ -153,8 +155,10 @@ class Saver:
         except CheckpointError as error:
             if not output.allow_fresh_start:
                 raise or_afresh(error) from error
+            self._check_save_folder(None)
             self.console.warning(f"{error}\n  --allow-fresh-start was given: starting from step 0")
             return TrainState()
+        self._check_save_folder(path)
         changed = compare(self.config, path, info=self.console.info, warn=self.console.warning)
         started = time.monotonic()
         loaded = load_checkpoint(
@@ -176,6 +180,9 @@ class Saver:
             f"loaded in {time.monotonic() - started:.2f} s"
         )
         return state
+
+    def _check_save_folder(self, loaded: Path | None) -> None:
+        together(self.topology, partial(check_save_folder, self.config, loaded))
 
     def _state(self, state: TrainState) -> dict[str, object]:
         """What train_state.json holds."""

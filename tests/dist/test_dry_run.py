@@ -46,13 +46,16 @@ def test_what_the_run_would_stop_at_is_found_and_nothing_is_written(tmp_path: Pa
             "fresh": [*data, "--load", str(tmp_path / "nothing"), "--allow-fresh-start", "--dry-run"],
             "schedule": [*data, *load, "--train-iters", "5", "--lr", "5e-3"],
             "save": [*data, "--save", str(tmp_path / "file" / "run"), "--dry-run"],
+            "another's": [*data, "--save", str(tmp_path / "run"), "--dry-run"],
+            "over another's": [*data, "--save", str(tmp_path / "run")],
             "deepspeed": [*data, "--deepspeed_config", str(tmp_path / "deepspeed.json"), "--dry-run"],
         },
     )
     assert snapshot(tmp_path) == before
     codes = {name: code for name, (code, _) in outcomes.items()}
     assert codes == {
-        "right": 0, "corpus": 3, "tokenizer": 3, "absent": 5, "fresh": 0, "schedule": 2, "save": 5, "deepspeed": 2,
+        "right": 0, "corpus": 3, "tokenizer": 3, "absent": 5, "fresh": 0, "schedule": 2, "save": 5, "another's": 5, "over another's": 5,
+        "deepspeed": 2,
     }  # fmt: skip
     assert "would not follow the schedule" in outcomes["schedule"][1]
     assert "cannot be written" in outcomes["save"][1]

@@ -126,11 +126,19 @@ def test_retention_keeps_the_newest_and_never_the_last_one_less(folder: Path, ke
 
 
 def test_retention_keeps_what_was_just_saved_beside_later_steps(folder: Path) -> None:
-    """A run that went back to step 5 and saved: the abandoned later checkpoints must not push it out."""
-    removed, problems = remove_outdated(folder, Retention(1), newest=folder / "global_step5")
-    assert (folder / "global_step5").is_dir()
-    assert {path.name for path in removed} == {"global_step10", "global_step15"}
+    """A run that went back to step 5 and saved: the abandoned later checkpoints neither push it out nor count."""
+    assert remove_outdated(folder, Retention(1), newest=folder / "global_step5") == ((), ())
+    removed, problems = remove_outdated(folder, Retention(1), newest=folder / "global_step10")
+    assert {path.name for path in removed} == {"global_step5"}
     assert problems == ()
+
+
+def test_a_run_that_was_taken_back_does_not_go_on_from_a_later_step_that_it_left(folder: Path) -> None:
+    (folder / "latest").write_text("global_step10")
+    (folder / "global_step10" / "a.pt").unlink()
+    assert find_checkpoint(folder, warn=lambda line: None) == folder / "global_step5"
+    (folder / "global_step5" / "a.pt").unlink()
+    assert find_checkpoint(folder, warn=lambda line: None) == folder / "global_step15"
 
 
 def test_checkpoints_of_every_kth_step_stay_besides(folder: Path) -> None:
