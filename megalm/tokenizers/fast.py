@@ -232,8 +232,9 @@ def _ranks(
         ranks[product] = len(ids)
         ids.append(vocabulary[token])
     if not model.get("ignore_merges"):
+        # A token that no merge produces, GPT-2's mark in vocab.json for one, is never given.
         _check_reachable(backend, model["merges"])
-    if len(ids) != len(set(vocabulary) - specials):
+    elif len(ids) != len(set(vocabulary) - specials):
         raise NotCompilableError("its vocabulary holds tokens that no merge produces")
     return ranks, ids
 

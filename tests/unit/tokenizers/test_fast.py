@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 
 from megalm.tokenizers.fast import NotCompilableError, choose_encoder, compile_fast
+from megalm.tokenizers.gpt2_bpe import GPT2BPETokenizer
 from megalm.tokenizers.huggingface import HuggingFaceTokenizer
 from megalm.tokenizers.null import NullTokenizer
 from tests.unit.tokenizers.conftest import TEXTS
@@ -72,8 +73,10 @@ def with_pattern(folder: Path, pattern: str) -> Tokenizer:
     return backend
 
 
-@pytest.fixture(scope="session", params=["gpt2", "bloom", "llama"])
-def backend(request: pytest.FixtureRequest, bpe_folder: Path) -> Tokenizer:
+@pytest.fixture(scope="session", params=["gpt2", "gpt2 files", "bloom", "llama"])
+def backend(request: pytest.FixtureRequest, bpe_folder: Path, gpt2_files: tuple[Path, Path]) -> Tokenizer:
+    if request.param == "gpt2 files":
+        return GPT2BPETokenizer(*gpt2_files).backend
     if request.param == "gpt2":
         return Tokenizer.from_file(str(bpe_folder / "tokenizer.json"))
     return with_pattern(bpe_folder, BLOOM_PATTERN if request.param == "bloom" else LLAMA_PATTERN)
@@ -121,10 +124,25 @@ def test_code_points_of_every_kind(encode: Callable, backend: Tokenizer) -> None
         check(encode, backend, text)
 
 
-def test_gpt2_files_and_folders_use_tiktoken(bpe_folder: Path) -> None:
-    found = choose_encoder(HuggingFaceTokenizer(bpe_folder), TEXTS[:4])
-    assert found.engine == "tiktoken"
-    assert "4 documents" in found.reason
+def test_gpt2_files_and_folders_use_tiktoken(bpe_folder: Path, gpt2_files: tuple[Path, Path]) -> None:
+    for tokenizer in (HuggingFaceTokenizer(bpe_folder), GPT2BPETokenizer(*gpt2_files)):
+        found = choose_encoder(tokenizer, TEXTS[:4])
+        assert found.engine == "tiktoken"
+        assert "4 documents" in found.reason
+
+
+def test_a_token_that_no_merge_produces_is_refused_where_words_are_looked_up_whole(
+    gpt2_files: tuple[Path, Path],
+) -> None:
+    spec = json.loads(GPT2BPETokenizer(*gpt2_files).backend.to_str())
+    spec["model"]["ignore_merges"] = True
+    with pytest.raises(NotCompilableError, match="holds tokens that no merge produces"):
+        compile_fast(Tokenizer.from_str(json.dumps(spec)))
+
+
+def test_an_end_mark_inside_text_is_characters_to_gpt2s_files(gpt2_files: tuple[Path, Path]) -> None:
+    backend = GPT2BPETokenizer(*gpt2_files).backend
+    check(compile_fast(backend), backend, "a<|endoftext|>b <|endoftext|>")
 
 
 def test_ids_that_do_not_follow_the_merges_are_mapped(bpe_folder: Path, tmp_path: Path) -> None:

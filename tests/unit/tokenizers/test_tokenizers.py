@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -18,15 +17,6 @@ from megalm.tokenizers.train import train_byte_level_bpe, train_sentencepiece
 from tests.unit.tokenizers.conftest import TEXTS
 
 HARD = ["", " ", "\n\n  x", "tabs\t\tand   spaces ", "naïve 中文 👍🏽", "it's <|endoftext|> inside", "\x00\x7f\u200b"]
-
-
-@pytest.fixture
-def gpt2_files(bpe_folder: Path, tmp_path: Path) -> tuple[Path, Path]:
-    model = json.loads((bpe_folder / "tokenizer.json").read_text())["model"]
-    (tmp_path / "vocab.json").write_text(json.dumps(model["vocab"]))
-    merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
-    (tmp_path / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n")
-    return tmp_path / "vocab.json", tmp_path / "merges.txt"
 
 
 @pytest.fixture(scope="session", params=["bpe", "unigram"])
