@@ -47,6 +47,12 @@ class DeviceMemoryError(MegalmError):
     is_of_one_rank = True
 
 
+class DivergedError(MegalmError):
+    """A training whose numbers are no longer finite, and which would go on for nothing."""
+
+    exit_code = 7
+
+
 class CheckpointError(MegalmError):
     """A checkpoint that is missing, incomplete, damaged or made for another model."""
 

@@ -136,13 +136,6 @@ NOOPS = (
         remedy="pass 1, or leave the flag out",
     ),
     noop(
-        "--activations-checkpoint-method",
-        "Every block is recomputed by itself.",
-        arity="1",
-        allowed=("uniform",),
-        remedy="pass uniform, or leave the flag out",
-    ),
-    noop(
         "--lr-warmup-init",
         "Warm-up starts at 0.",
         arity="1",

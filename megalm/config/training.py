@@ -39,6 +39,12 @@ class TrainingConfig:
     loss_scale_window: int = option(1000, doc="fp16: steps without overflow before the scale doubles.")
     hysteresis: int = option(2, doc="fp16: overflows tolerated before the scale halves.")
 
+    max_skipped_steps: int = option(
+        10,
+        doc="fp32, bf16: stop when so many updates in a row were left out, as gradients were not finite; 0 goes on. In "
+        "fp16 the least loss scale ends the run.",
+    )
+
     lr: float = option(doc="Peak learning rate.")
     min_lr: float = option(0.0, doc="Learning rate at the end of the decay, and ever after.")
     lr_decay_style: str = option("linear", doc="Shape of the decay after warm-up.", choices=DECAY_STYLES)

@@ -7,6 +7,7 @@ import copy
 import functools
 import io
 import logging
+import re
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
@@ -19,7 +20,7 @@ from torch import nn
 
 from megalm.config.deepspeed_json import NEVER
 from megalm.data.batches import Batch
-from megalm.errors import ConfigError
+from megalm.errors import ConfigError, DivergedError
 from megalm.kernels.gradient_sum.oracle import TorchGradientSum
 from megalm.kernels.gradient_sum.protocol import GradientSumKernel
 from megalm.topology.agree import exchange
@@ -149,14 +150,14 @@ class DataParallelTrainingEngine(Engine):
 def _told_of_the_least_scale() -> Iterator[None]:
     """DeepSpeed 0.19 raises a plain exception, on every rank, where fp16 gradients overflow at the least loss scale.
 
-    Raises: ConfigError in its place.
+    Raises: DivergedError in its place.
     """
     try:
         yield
     except Exception as error:
         if "loss scale already at minimum" not in str(error):
             raise
-        raise ConfigError(
+        raise DivergedError(
             "gradients overflow in fp16 although the loss scale is at its least, set by --min-loss-scale\n"
             "  training has diverged: go on from an earlier checkpoint, with a lower --lr or --bf16"
         ) from error
@@ -213,6 +214,8 @@ def build_engine(
         )
         if raw.communication_data_type == torch.float32:
             raw._bf16_reduce_grads = sums.average
+    if topology.tp.size > 1:
+        _look_at_replicas_too(raw.optimizer)
     if not pipelined:
         return DataParallelTrainingEngine(raw, topology)
     if isinstance(raw.optimizer, DeepSpeedZeroOptimizer):
@@ -221,6 +224,26 @@ def build_engine(
         # DeepSpeed would copy all gradients together and back to add up those of one replica.
         raw.pipeline_enable_backward_allreduce = False
     return PipelineTrainingEngine(raw, topology, None if sums is None or graph is None else graph(raw, sums))
+
+
+def _look_at_replicas_too(optimizer: Any) -> None:
+    """Have DeepSpeed's ZeRO look for gradients that are not finite among all of a rank's, as it does in fp16.
+
+    In fp32 (at stage 3 in bf16 too) it looks at their norm alone, which leaves out what tensor ranks but the first hold
+    in common with it: a LayerNorm's NaN there would go into that rank's weights.
+    """
+    from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+
+    if isinstance(optimizer, DeepSpeedZeroOptimizer):
+        optimizer.check_grad_overflow = True
+    if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
+
+        def check(update_scale: bool = True) -> Any:
+            optimizer.check_overflow()
+            return optimizer._loss_scale_update_and_overflow_cleanup() if update_scale else optimizer.overflow
+
+        optimizer._overflow_check_and_loss_scale_update = check
 
 
 def _join_norms(optimizer: Any, topology: Topology) -> None:
@@ -253,6 +276,15 @@ def _join_norms(optimizer: Any, topology: Topology) -> None:
     optimizer.scaled_global_norm = norm_of_all_groups
 
 
+OLDEST_DEEPSPEED = "0.19.8"
+"""0.19.0 trains two stages with tied embeddings to losses that are 1.4 % off (tests/dist/test_layouts.py), 0.18.9 fails
+in ZeRO-1 under torch 2.13."""
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in re.findall(r"\d+", version)[:3])
+
+
 class _Sizes:
     """All that DeepSpeedConfig asks of an `mpu`."""
 
@@ -264,12 +296,18 @@ class _Sizes:
 
 
 def check_deepspeed_keys(deepspeed_config: dict[str, Any], *, dp_size: int) -> None:
-    """Whether DeepSpeed takes every key and value.
+    """Whether DeepSpeed is one that trains the model, and takes every key and value.
 
     Raises: ConfigError.
     """
+    import deepspeed
     from deepspeed.runtime.config import DeepSpeedConfig
 
+    if _numbers(deepspeed.__version__) < _numbers(OLDEST_DEEPSPEED):
+        raise ConfigError(
+            f"DeepSpeed {deepspeed.__version__} is older than {OLDEST_DEEPSPEED}: it runs, and trains another model "
+            f"than one process does where there are stages, replicas or ZeRO\n  pip install 'deepspeed>={OLDEST_DEEPSPEED}'"
+        )
     # Before the processes have joined, as in a dry run, DeepSpeed takes the world for one process whatever `mpu` says,
     # and finds that the batch does not fit it. That the sizes fit was checked with the configuration.
     keys = {key: copy.deepcopy(value) for key, value in deepspeed_config.items() if key != "train_batch_size"}

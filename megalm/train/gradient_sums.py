@@ -47,6 +47,8 @@ class GradientSums:
         """Of each group's sums, what this rank updates with."""
         self._counted: list[Tensor] = []
         """Of those, the parameters that the norm is of."""
+        self._not_counted: list[Tensor] = []
+        """Of those, the others, which must be finite all the same."""
         adding = _adding_to_aligned_sums(owner)
         for group, parameters in enumerate(owner.bf16_groups):
             if parameters and all(parameter.dim() < 2 for parameter in parameters):
@@ -63,6 +65,8 @@ class GradientSums:
             self._own.append(flat[own.start : own.stop])
             for run in _runs(parameters, counts, own):
                 self._counted += flat[run.start : run.stop].split(MOST_IN_A_NORM)
+            for run in _runs(parameters, lambda parameter: not counts(parameter), own):
+                self._not_counted += flat[run.start : run.stop].split(MOST_IN_A_NORM)
 
     def add(self, parameter: nn.Parameter, group: int, index: int, clear_lp_grads: bool) -> None:
         """BF16_Optimizer._update_hp_grad: the gradient of one parameter has been computed."""
@@ -99,14 +103,14 @@ class GradientSums:
                 torch.div(total, self._replicas.size, out=own)
 
     def norms(self) -> Tensor:
-        """Numbers whose norm is that of the averaged sums that count here, on all replicas together.
+        """Numbers whose norm is that of the averaged sums that count here, on all replicas together; not finite where
+        any sum here is not.
 
         Communicates: one all-reduce of a scalar over the replicas.
         """
-        if not self._counted:
-            norms = self._own[0].new_zeros(1)
-        else:
-            norms = torch.stack(torch._foreach_norm(self._counted, 2.0))
+        norms = torch.stack(torch._foreach_norm(self._counted, 2.0)) if self._counted else self._own[0].new_zeros(1)
+        if self._not_counted:  # They add 0, or NaN.
+            norms = torch.cat((norms, 0.0 * torch.stack(torch._foreach_norm(self._not_counted, 2.0))))
         if self._replicas.size > 1:
             norms = norms.square().sum(0, keepdim=True)
             torch.distributed.all_reduce(norms, group=self._replicas.handle)

@@ -11,6 +11,7 @@ from megalm.config.root import Config
 from megalm.config.step_ranges import parse_step_ranges
 from megalm.data.batches import Batch
 from megalm.data.loader import TimedBatches
+from megalm.errors import DivergedError
 from megalm.telemetry.console import Console
 from megalm.telemetry.memory import peak_memory_bytes
 from megalm.telemetry.metrics import Sink, StepMetrics
@@ -51,6 +52,8 @@ class Run:
     profiler: StepProfiler
     compile_watch: CompileWatch
     flops_per_token: float
+    skipped_in_a_row: int = 0
+    """Updates that were left out, up to the last step."""
     steps_here: int = 0
     """Steps since this process started."""
     recent: deque[tuple[float, int]] = field(default_factory=lambda: deque(maxlen=SPEED_WINDOW_STEPS))
@@ -77,7 +80,8 @@ class Run:
 def train(run: Run) -> int:
     """Train until the run is complete or somebody asks it to stop; what was trained is saved in either case.
 
-    Returns the exit code of the program. Raises: CheckpointError if a checkpoint cannot be written.
+    Returns the exit code of the program. Raises: CheckpointError if a checkpoint cannot be written; DivergedError, as
+    `stop_if_diverged` does.
     """
     first = run.state.step
     run.stop.listen()
@@ -89,6 +93,7 @@ def train(run: Run) -> int:
         metrics = step(run)
         for sink in run.sinks:
             sink.log_step(metrics)
+        stop_if_diverged(run, metrics)
         if _is_due(run.state, run.config.training.eval_interval) or run.is_complete:
             evaluate(run, run.validation)
         if _is_due(run.state, run.config.output.save_interval):
@@ -173,6 +178,25 @@ def step(run: Run) -> StepMetrics:
         global_batch_size=batch_size,
         data_seconds=batches.seconds,
         peak_memory_bytes=peak_memory_bytes(run.topology.device),
+    )
+
+
+def stop_if_diverged(run: Run, metrics: StepMetrics) -> None:
+    """Count updates in a row that were left out because gradients were not finite; fp16's loss scale has its own end.
+
+    Raises: DivergedError, the same on every rank, after training.max_skipped_steps of them. Nothing is saved: what is
+    on disk is from before, or holds the same parameters.
+    """
+    training = run.config.training
+    run.skipped_in_a_row = run.skipped_in_a_row + 1 if metrics.skipped else 0
+    if training.dtype == "fp16" or not 0 < training.max_skipped_steps <= run.skipped_in_a_row:
+        return
+    first = metrics.step - run.skipped_in_a_row + 1
+    raise DivergedError(
+        f"gradients were not finite in {run.skipped_in_a_row} steps in a row, {first} to {metrics.step}, and no update "
+        "was made; --max-skipped-steps ends the run\n"
+        f"  go on from a checkpoint of before step {first} with a lower --lr, or without the data that follow: "
+        "--skip-train-iteration-range"
     )
 
 

@@ -85,21 +85,21 @@ class AdamW(PlainAdamW):
         return super().step(closure)
 
     def _norm(self) -> torch.Tensor:
-        """2-norm over every parameter of the model, each counted once. Identical on all ranks that share a model.
+        """2-norm over every parameter of the model, each counted once, and not finite where any gradient on any rank is
+        not. Identical on all ranks that share a model.
 
         Data-parallel replicas compute it from equal gradients and so agree without communication.
         """
-        owned = [
-            parameter.grad
-            for group in self.param_groups
-            for parameter in group["params"]
-            if parameter.grad is not None and is_counted_here(parameter, self._topology)
-        ]
-        if owned:
-            norms = torch.stack(torch._foreach_norm(owned, 2.0, dtype=torch.float32))
-            total = norms.square().sum()
-        else:
-            total = torch.zeros((), device=self._topology.device)
+        found: dict[bool, list[torch.Tensor]] = {True: [], False: []}
+        for parameter in (parameter for group in self.param_groups for parameter in group["params"]):
+            if parameter.grad is not None:
+                found[is_counted_here(parameter, self._topology)].append(parameter.grad)
+        total = torch.zeros((), device=self._topology.device)
+        for counted, gradients in found.items():
+            if gradients:
+                norms = torch.stack(torch._foreach_norm(gradients, 2.0, dtype=torch.float32))
+                # Of what another rank counts: 0, or NaN.
+                total = total + (norms.square().sum() if counted else norms.sum() * 0.0)
         if self._topology.model.size > 1:
             torch.distributed.all_reduce(total, group=self._topology.model.handle)
         return total.sqrt()

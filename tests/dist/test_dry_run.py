@@ -131,6 +131,17 @@ def test_memory_that_is_used_up_is_said_with_what_needs_less(tmp_path: Path) -> 
     assert "Traceback" not in said
 
 
+def _with_an_older_deepspeed(flags: list[str]) -> Outcome:
+    with mock.patch("deepspeed.__version__", "0.19.7+cpu"):
+        return run_program(flags)
+
+
+def test_a_deepspeed_that_trains_another_model_is_refused(tmp_path: Path) -> None:
+    code, said = run_ranks(_with_an_older_deepspeed, 1, ["--data-path", write_corpus(tmp_path)])[0]
+    assert code == 2
+    assert "DeepSpeed 0.19.7+cpu is older than 0.19.8" in said
+
+
 def _interrupted(flags: list[str]) -> Outcome:
     with mock.patch("megalm.train.build.build", side_effect=KeyboardInterrupt):
         return run_program(flags)
@@ -216,6 +227,6 @@ def _overflowing(flags: list[str]) -> Outcome:
 
 def test_gradients_that_overflow_at_the_least_scale_are_said_in_a_paragraph(tmp_path: Path) -> None:
     code, said = run_ranks(_overflowing, 1, ["--data-path", write_corpus(tmp_path)])[0]
-    assert code == 2
+    assert code == 7
     assert "although the loss scale is at its least" in said
     assert "Traceback" not in said
