@@ -41,7 +41,7 @@ class KernelError(MegalmError):
 
 
 class DeviceMemoryError(MegalmError):
-    """A GPU whose memory the run does not fit into."""
+    """A GPU, or a host, whose memory the run does not fit into."""
 
     exit_code = 6
     is_of_one_rank = True

@@ -94,6 +94,7 @@ def _built_by_one(entry: Entry, build: Callable[[], Arrays], *, log: Callable[[s
     Raises: OSError if the folder cannot be written.
     """
     path = entry.path
+    # What is done under the lock is right without it, too: elsewhere it is made twice.
     with folder_lock(entry.folder) as is_alone:
         if os.path.lexists(path):
             try:

@@ -16,11 +16,11 @@ UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno
 
 
 @contextlib.contextmanager
-def folder_lock(folder: Path, *, patience_seconds: float = PATIENCE_SECONDS) -> Iterator[bool]:
+def folder_lock(folder: Path, *, patience_seconds: float = PATIENCE_SECONDS) -> Iterator[bool | None]:
     """Hold `folder/.lock` for the duration; yields whether it is held.
 
-    The operating system frees the lock of a process that dies. It is not held where the file system has no locks, or
-    when another process keeps it for longer than `patience_seconds`: what is done under it must be right without, too.
+    The operating system frees the lock of a process that dies. Yields None where the file system has no locks, and
+    False when another process keeps it for longer than `patience_seconds`.
     Raises: OSError if the folder cannot be made or written.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -32,7 +32,7 @@ def folder_lock(folder: Path, *, patience_seconds: float = PATIENCE_SECONDS) -> 
         os.close(descriptor)
 
 
-def _acquired(descriptor: int, deadline: float) -> bool:
+def _acquired(descriptor: int, deadline: float) -> bool | None:
     pause = 0.002
     while True:
         try:
@@ -45,5 +45,5 @@ def _acquired(descriptor: int, deadline: float) -> bool:
             pause = min(0.1, 2 * pause)
         except OSError as error:
             if error.errno in UNSUPPORTED:
-                return False
+                return None
             raise

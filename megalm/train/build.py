@@ -39,7 +39,7 @@ from megalm.topology.agree import exchange, together
 from megalm.topology.start import Launch, device_type, start, stop
 from megalm.topology.topology import Topology
 from megalm.train.compile import compile_blocks
-from megalm.train.continuing import check_save_folder
+from megalm.train.continuing import check_save_folder, only_saver
 from megalm.train.cuda_graph import MicroBatchGraph, choose_cuda_graph
 from megalm.train.dry_run import look
 from megalm.train.engine import Engine, build_engine
@@ -56,6 +56,8 @@ from megalm.train.stop import StopRequest
 
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """What training.dtype names."""
+NO_HOST_MEMORY = "DefaultCPUAllocator"
+"""What torch says, in a plain RuntimeError, where a CPU's allocation fails."""
 
 
 @dataclass(frozen=True)
@@ -111,23 +113,27 @@ def running(plan: Plan) -> Iterator[Run]:
     parallel = plan.config.parallel
     topology = start(plan.launch, tp=parallel.tp, pp=parallel.pp, backend=parallel.backend)
     try:
-        run = build(plan, topology)
-        try:
-            yield run
-        finally:
-            run.profiler.close()
-            for sink in run.sinks:
-                sink.close()
-    except torch.OutOfMemoryError as error:
+        with only_saver(plan.config, topology):
+            run = build(plan, topology)
+            try:
+                yield run
+            finally:
+                run.profiler.close()
+                for sink in run.sinks:
+                    sink.close()
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and NO_HOST_MEMORY not in str(error):
+            raise
         raise DeviceMemoryError(_memory_used_up(plan.config, topology, error)) from error
     finally:
         stop()
 
 
-def _memory_used_up(config: Config, topology: Topology, error: torch.OutOfMemoryError) -> str:
+def _memory_used_up(config: Config, topology: Topology, error: RuntimeError) -> str:
     sizes, training = topology.layout, config.training
+    whose = "GPU" if isinstance(error, torch.OutOfMemoryError) else "host"
     return (
-        f"the memory of rank {topology.world.rank}'s GPU is used up: {' '.join(str(error).split())}\n"
+        f"the memory of rank {topology.world.rank}'s {whose} is used up: {' '.join(str(error).split())}\n"
         f"  training.micro_batch_size = {training.micro_batch_size}, parallel.recompute = {config.parallel.recompute}, "
         f"tp {sizes.tp} x pp {sizes.pp} x dp {sizes.dp}, ZeRO-{effective_zero_stage(config)}\n"
         "  a smaller --micro-batch-size, --recompute-granularity activation or full, or more "

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from megalm.checkpoint.identity import read_config
 from megalm.checkpoint.retention import published_checkpoints
 from megalm.config.compare import Difference, differences
 from megalm.config.root import Config
+from megalm.data.folder_lock import folder_lock
 from megalm.errors import CheckpointError, ConfigError
+from megalm.topology.agree import together
+from megalm.topology.topology import Topology
+
+PATIENCE_SECONDS = 10.0
+"""A run that was told to stop may still be writing its last checkpoint."""
 
 
 def or_afresh(error: CheckpointError) -> CheckpointError:
@@ -44,6 +51,32 @@ def check_save_folder(config: Config, loaded: Path | None) -> None:
             f"{folder} holds checkpoints of another run than this one, which {start}: {named}\n"
             f"  {remedy}give another --save, or move them away"
         )
+
+
+@contextlib.contextmanager
+def only_saver(config: Config, topology: Topology) -> Iterator[None]:
+    """Keep `--save` to this run for the duration, where the file system has locks; a process that dies lets go of it.
+
+    Communicates: one all-gather of small objects over the world.
+    Raises: CheckpointError, the same on every rank, if another run saves to it for longer than `PATIENCE_SECONDS`.
+    """
+    if config.output.save is None or config.training.eval_only:
+        yield
+        return
+    folder = Path(config.output.save)
+    with contextlib.ExitStack() as held:
+
+        def hold() -> None:
+            # What else is wrong with the folder whoever writes to it says.
+            with contextlib.suppress(OSError):
+                if held.enter_context(folder_lock(folder, patience_seconds=PATIENCE_SECONDS)) is False:
+                    raise CheckpointError(
+                        f"another run is saving to {folder}, and has been for {PATIENCE_SECONDS:.0f} s\n"
+                        "  wait for its end, or give another --save"
+                    )
+
+        together(topology, hold if topology.world.is_first else lambda: None)
+        yield
 
 
 def _same(one: Path, other: Path) -> bool:

@@ -306,7 +306,8 @@ def check_deepspeed_keys(deepspeed_config: dict[str, Any], *, dp_size: int) -> N
     if _numbers(deepspeed.__version__) < _numbers(OLDEST_DEEPSPEED):
         raise ConfigError(
             f"DeepSpeed {deepspeed.__version__} is older than {OLDEST_DEEPSPEED}: it runs, and trains another model "
-            f"than one process does where there are stages, replicas or ZeRO\n  pip install 'deepspeed>={OLDEST_DEEPSPEED}'"
+            "than one process does where there are stages, replicas or ZeRO\n"
+            f"  pip install 'deepspeed>={OLDEST_DEEPSPEED}'"
         )
     # Before the processes have joined, as in a dry run, DeepSpeed takes the world for one process whatever `mpu` says,
     # and finds that the batch does not fit it. That the sizes fit was checked with the configuration.

@@ -12,6 +12,7 @@ from unittest import mock
 import pytest
 import torch
 
+from megalm.data.folder_lock import folder_lock
 from tests.dist.test_bad_input import run_and_hear, run_program, snapshot
 from tests.support.ranks import run_ranks
 from tests.support.tiny_run import train_tiny, write_corpus
@@ -128,6 +129,35 @@ def test_memory_that_is_used_up_is_said_with_what_needs_less(tmp_path: Path) -> 
     assert code == 6
     assert "DeviceMemoryError: the memory of rank 0's GPU is used up: CUDA out of memory. Tried" in said
     assert "training.micro_batch_size = 2" in said
+    assert "Traceback" not in said
+
+
+def _beside_another_run(flags: list[str], folder: str) -> Outcome:
+    with folder_lock(Path(folder)) as is_held, mock.patch("megalm.train.continuing.PATIENCE_SECONDS", 0.1):
+        assert is_held
+        return run_program([*flags, "--save", folder])
+
+
+def test_two_runs_do_not_save_to_one_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    data = ["--data-path", write_corpus(tmp_path)]
+    code, said = run_ranks(_beside_another_run, 1, data, str(folder))[0]
+    assert code == 5
+    assert f"another run is saving to {folder}" in said
+    assert sorted(path.name for path in folder.iterdir()) == [".lock"]
+
+
+def _without_host_memory(flags: list[str]) -> Outcome:
+    told = RuntimeError("[enforce fail at alloc_cpu.cpp:121] err == 0. DefaultCPUAllocator: can't allocate memory: you tried "
+                        "to allocate 800000000000 bytes. Error code 12 (Cannot allocate memory)")  # fmt: skip
+    with mock.patch("megalm.train.engine.PipelineTrainingEngine._forward_backward_update", side_effect=told):
+        return run_program(flags)
+
+
+def test_memory_of_the_host_that_is_used_up_is_said_with_what_needs_less(tmp_path: Path) -> None:
+    code, said = run_ranks(_without_host_memory, 1, ["--data-path", write_corpus(tmp_path)])[0]
+    assert code == 6
+    assert "the memory of rank 0's host is used up" in said
     assert "Traceback" not in said
 
 
