@@ -26,6 +26,14 @@ OF_ONE_START = ("output.load",)
 DERIVED_PATHS = ("model.ffn_hidden_size", "model.max_position_embeddings", "model.pad_vocab_size_to")
 
 
+STANDS_FOR = {
+    "training.lr_decay_iters": "training.train_iters",
+    "training.lr_decay_samples": "training.train_samples",
+    "model.max_position_embeddings": "data.seq_length",
+}
+"""What decides a size where it is not given."""
+
+
 @dataclass(frozen=True)
 class Difference:
     """One value that differs. `changes_model`: the stored weights do not fit, or mean something else, in this model."""
@@ -60,7 +68,8 @@ def differences(stored: Config, current: Config) -> list[Difference]:
             continue
         unknown_vocab = path == "model.pad_vocab_size_to" and None in (was, now)
         changes_model = path in MODEL_PATHS or (path in DERIVED_PATHS and not unknown_vocab)
-        found.append(Difference(path, was, now, current.source(path), changes_model))
+        decides = path if current.get(path) is not None else STANDS_FOR.get(path, path)
+        found.append(Difference(path, was, now, current.source(decides), changes_model))
     return found
 
 

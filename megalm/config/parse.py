@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from megalm.config.failures import Failure, nearest, raise_if_any
 from megalm.config.flags import Flag, flag_table
-from megalm.config.root import Config, option_table
+from megalm.config.root import SECTIONS, Config, option_table
 from megalm.config.settings import Settings
 from megalm.config.values import EXPECTED, from_text
 
-OVERRIDE = re.compile(r"(?P<path>(model|parallel|training|data|output)\.\w+)=(?P<value>.*)", re.DOTALL)
+OVERRIDE = re.compile(r"(?P<path>(?P<section>[a-z]+)\.(?P<name>\w+))=(?P<value>.*)", re.DOTALL)
 PATHS_PATH = re.compile(r"--(?P<split>train|valid|test)-weighted-split-paths-path")
 # The steps that `--train-tokens T` asks for can be told only where the sample length is known.
 IN_TOKENS = {
@@ -58,7 +59,7 @@ def parse_command_line(argv: Sequence[str]) -> Config:
             _load_presets(one.words, settings)
     _apply_flags(given, settings)
     for path, text in overrides:
-        _apply_text(path, [text], f"the argument {path}={text}", settings)
+        _apply_text(path, _listed(path, text), f"the argument {path}={text}", settings)
     for one in given:
         if one.flag.name in ("--deepspeed_config", "--deepscale_config"):
             from megalm.config.deepspeed_json import load_deepspeed_file
@@ -92,7 +93,7 @@ def split_command_line(argv: Sequence[str]) -> tuple[list[Given], list[tuple[str
     while position < len(argv):
         word = argv[position]
         position += 1
-        override = OVERRIDE.fullmatch(word)
+        override = _override(word)
         if override:
             overrides.append((override["path"], override["value"]))
         elif word.startswith("--") or word == "-h":
@@ -117,7 +118,15 @@ def _most_words(flag: Flag | None) -> float:
 
 
 def _is_flag(word: str) -> bool:
-    return word.startswith("--") or word == "-h" or OVERRIDE.fullmatch(word) is not None
+    return word.startswith("--") or word == "-h" or _override(word) is not None
+
+
+def _override(word: str) -> re.Match[str] | None:
+    """`section.field=VALUE`, also where the section or the field is misspelled, but not both."""
+    found = OVERRIDE.fullmatch(word)
+    if found and (found["section"] in SECTIONS or any(path.endswith(f".{found['name']}") for path in option_table())):
+        return found
+    return None
 
 
 def _unknown(name: str) -> Failure:
@@ -203,6 +212,19 @@ def _apply_text(
         settings.failures.append(Failure(f"{path} = {' '.join(words)}: {error}{spelled}", f"set by {source}", info.doc))
         return
     settings.set(path, value, source)
+
+
+def _listed(path: str, text: str) -> list[str]:
+    """The words of an override: those of a list stand in one, in quotes where they hold spaces."""
+    info = option_table().get(path)
+    if info is None or info.kind != "strings":
+        return [text]
+    try:
+        if path.endswith("_weighted_split_paths"):
+            return (list(read_groups(text)) if '"' in text else []) or [text]
+        return shlex.split(text) or [text]
+    except ValueError:
+        return [text]
 
 
 def _apply_paths_file(one: Given, settings: Settings, setters: dict[str, dict[str, Any]]) -> None:

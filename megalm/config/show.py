@@ -90,6 +90,9 @@ def notes(config: Config) -> list[str]:
         found.append("model.max_position_embeddings has no effect: ALiBi has no table of positions")
     if config.model.position_embedding == "alibi" and config.data.reset_position_ids:
         found.append("data.reset_position_ids has no effect: ALiBi knows distances alone")
+    for path in ("data.vocab_file", "data.merge_file"):
+        if config.get(path) is not None and config.data.tokenizer_type != "GPT2BPETokenizer":
+            found.append(f"{path} has no effect: {config.data.tokenizer_type} does not read it")
     dropouts = ("model.hidden_dropout", "model.attention_dropout")
     of_a_launch_line = config.source("model.num_layers").startswith("--")  # and of no preset
     if of_a_launch_line and all(config.source(path) == DEFAULT for path in dropouts):

@@ -27,7 +27,7 @@ def from_text(info: OptionInfo, words: Sequence[str]) -> Any:
     if info.kind == "strings":
         return tuple(words)
     if info.kind == "ints3":
-        return _three([_int(word) for part in words for word in part.split(",") if word])
+        return _three([_int(word) for part in words for word in part.replace(",", " ").split()])
     if len(words) != 1:
         raise ValueError(f"expected {EXPECTED[info.kind]}, got {len(words)} values")
     return _chosen(info, _scalar(info.kind, words[0]))
@@ -43,7 +43,9 @@ def from_yaml(info: OptionInfo, value: Any) -> Any:
         items = value if isinstance(value, list) else [value]
         return tuple(str(item) for item in items)
     if info.kind == "ints3":
-        return _three([_int(item) for item in value] if isinstance(value, list) else [])
+        return _three(
+            [_int(item) for item in (value if isinstance(value, list) else str(value).replace(",", " ").split())]
+        )
     return _chosen(info, _scalar(info.kind, value))
 
 

@@ -102,6 +102,8 @@ class StepProfiler:
 
     def close(self) -> None:
         """Write what was recorded; a run that ends before the last step to profile keeps what there is."""
+        if self._folder is not None and not self._num_steps:
+            self._report(f"nothing was profiled: no step was one of those from {self._first} to {self._last}")
         if self._profile is None or self._folder is None:
             return
         profile, self._profile = self._profile, None

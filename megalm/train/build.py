@@ -31,6 +31,7 @@ from megalm.models.blocks.arrangement import Spread
 from megalm.models.flops import flops_per_token, parameter_count
 from megalm.models.gpt.build import build_model, build_pipeline, choose_kernels, pipeline_stages, plan_gpt
 from megalm.models.gpt.plan import DocumentRules
+from megalm.models.gpt.weights import FIRST_BLOCK_LAYER
 from megalm.parallel.random import RngStreams
 from megalm.telemetry.console import Console
 from megalm.tokenizers.build import build_tokenizer
@@ -256,7 +257,10 @@ def _build_module(plan: Plan, topology: Topology, streams: RngStreams, console: 
         num_threads=_threads_to_draw(topology.device),
     )
     for stage, layers in enumerate(pipeline.stages()):
-        console.info(f"stage {stage}: layers {layers.start} to {layers.stop - 1}")
+        blocks = sum(0 <= layer - FIRST_BLOCK_LAYER < config.model.num_layers for layer in layers)
+        console.info(
+            f"stage {stage}: layers {layers.start} to {layers.stop - 1} of the pipeline, {blocks} of them blocks"
+        )
     return pipeline, names["attention"]
 
 

@@ -36,7 +36,9 @@ def test_vocabulary_that_only_one_side_knows_does_not_count_as_another_model() -
 
 def test_longer_run_without_its_own_decay_has_another_schedule() -> None:
     found = differences(smallest(), smallest("--train-iters", "20"))
-    assert [one.path for one in found if one.changes_schedule] == ["training.lr_decay_iters"]
+    assert [str(one) for one in found if one.changes_schedule] == [
+        "training.lr_decay_iters: 10 in the checkpoint, 20 now (--train-iters)"
+    ]
     found = differences(smallest("--lr-decay-iters", "8"), smallest("--lr-decay-iters", "8", "--train-iters", "20"))
     assert [(one.path, one.changes_schedule) for one in found] == [("training.train_iters", False)]
 

@@ -124,6 +124,35 @@ def test_the_nearest_of_an_unknown_flag_is_neither_its_opposite_nor_one_without_
     assert "nearest: --checkpoint-activations" in failure_of("--checkpoint-activation")
 
 
+GROUPS = ("a: 1 0:1 A, 2 0:1 B", "b: 1 0:1 C")
+
+
+@pytest.mark.parametrize(
+    "word, value",
+    [
+        ("data.data_path=0.5 A 0.5 'B C'", ("0.5", "A", "0.5", "B C")),
+        ("data.train_weighted_split_paths=" + GROUPS[0], GROUPS[:1]),
+        ("data.train_weighted_split_paths=" + " ".join(f'"{group}"' for group in GROUPS), GROUPS),
+        ("training.rampup_batch_size=2 2 20", (2, 2, 20)),
+        ("training.rampup_batch_size=2,2,20", (2, 2, 20)),
+    ],
+)
+def test_lists_in_one_override(word: str, value: tuple[object, ...]) -> None:
+    grows = ("--train-samples", "100", "--global-batch-size", "4")
+    if "rampup" in word:
+        config = smallest(word, *grows, without=("--train-iters",))
+    else:
+        config = smallest(word, without=("--data-path",))
+    assert config.get(word.partition("=")[0]) == value
+
+
+def test_a_misspelled_section_is_no_part_of_the_flag_before_it() -> None:
+    said = failure_of("--data-path", "corpus", "modle.num_layers=3")
+    assert "modle.num_layers is not a setting" in said
+    assert "nearest: model.num_layers" in said
+    assert smallest("--data-path", "a/b.c=d").data.data_path == ("a/b.c=d",)
+
+
 def test_two_files_without_a_type_are_gpt2s_tokenizer() -> None:
     files = ["--vocab-file", "vocab.json", "--merge-file", "merges.txt"]
     assert smallest(*files, without=("--tokenizer-name-or-path",)).data.tokenizer_type == "GPT2BPETokenizer"
