@@ -25,7 +25,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--load", type=Path, required=True, help="folder that a run saved to, or one checkpoint in it")
     result.add_argument("--step", type=int, help="step of the checkpoint; default: the one that `latest` names")
     result.add_argument("--save", type=Path, required=True, help="folder that receives the converted checkpoint")
-    result.add_argument("--tensor-model-parallel-size", type=int, help="shards of each layer")
+    result.add_argument("--tensor-model-parallel-size", type=int, help="shards of each layer (default: 1)")
     result.add_argument("--pipeline-model-parallel-size", type=int, help="pipeline stages (default: 1)")
     result.add_argument(
         "--to-universal", action="store_true", help="write DeepSpeed's universal form, which has no layout"
@@ -45,8 +45,9 @@ def run(options: argparse.Namespace) -> tuple[Path, Path]:
     sizes = (options.tensor_model_parallel_size, options.pipeline_model_parallel_size)
     if options.to_universal and sizes != (None, None):
         raise CheckpointError("--to-universal has no layout\n  leave out the parallel sizes")
-    if not options.to_universal and sizes[0] is None:
+    if not options.to_universal and sizes == (None, None):
         raise CheckpointError("convert into what?\n  give --tensor-model-parallel-size, or --to-universal")
+    tp_size, pp_size = (1 if size is None else size for size in sizes)
     if options.workers < 1:
         raise ConfigError(f"--workers {options.workers} must be at least 1")
     verifying, writing = ByteLine(sys.stderr, "verifying"), ByteLine(sys.stderr, "writing")
@@ -62,8 +63,8 @@ def run(options: argparse.Namespace) -> tuple[Path, Path]:
         path = reshape_checkpoint(
             checkpoint,
             options.save,
-            tp_size=sizes[0],
-            pp_size=1 if sizes[1] is None else sizes[1],
+            tp_size=tp_size,
+            pp_size=pp_size,
             num_threads=options.workers,
             progress=progress,
         )

@@ -37,7 +37,7 @@ def open_model(options: argparse.Namespace) -> tuple[Any, Any, int | None]:
 
     from megalm.checkpoint.pretrained import load_pretrained
     from megalm.checkpoint.run_tokenizer import check_rows, tokenizer_of_run
-    from megalm.tokenizers.build import open_tokenizer
+    from megalm.tokenizers.build import tokenizer_in
 
     given = options.tokenizer_name_or_path
     if (options.load / "config.json").is_file():
@@ -47,7 +47,7 @@ def open_model(options: argparse.Namespace) -> tuple[Any, Any, int | None]:
                 "  leave it out, or give --load the folder that a run saved to"
             )
         model = load_pretrained(options.load, dtype=torch.float32)
-        tokenizer = open_tokenizer("PretrainedFromHF", path=given or str(options.load))
+        tokenizer = tokenizer_in(given or str(options.load))
         check_rows(tokenizer, model.get_input_embeddings().num_embeddings)
         return (lambda tokens: model(tokens).logits), tokenizer, getattr(model.config, "n_positions", None)
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from megalm.checkpoint.optimizer_files import MASTER, MOMENTS
 from megalm.checkpoint.source import Source, open_checkpoint
+from megalm.models.gpt.weights import weight_table
 
 
 @dataclass(frozen=True)
@@ -47,11 +48,11 @@ def tensor_differences(
 ) -> Iterator[TensorDifference]:
     """The tensors that are not bit-equal. Holds one layer of each at a time.
 
-    Both must be of models with the same number of layers and the same kinds of weights, or tensors are missing.
     `progress` receives the name of each tensor that was compared, and its bytes.
     """
-    left = _without_twins(_tensors(open_checkpoint(first), optimizer=optimizer))
-    right = _without_twins(_tensors(open_checkpoint(second), optimizer=optimizer))
+    sources = open_checkpoint(first), open_checkpoint(second)
+    left, right = (_without_twins(_tensors(source, optimizer=optimizer)) for source in sources)
+    in_left, in_right = map(_weights, sources)
     ours, theirs = next(left, None), next(right, None)
     while ours is not None or theirs is not None:
         if ours is not None and theirs is not None and ours[0] == theirs[0]:
@@ -61,7 +62,11 @@ def tensor_differences(
             if difference is not None:
                 yield difference
             ours, theirs = next(left, None), next(right, None)
-        elif ours is not None and (theirs is None or _comes_first(ours[0], theirs[0])):
+        elif ours is not None and (
+            theirs is None
+            or _weight_of(ours[0]) not in in_right
+            or (_weight_of(theirs[0]) in in_left and _comes_first(ours[0], theirs[0]))
+        ):
             yield TensorDifference(f"{ours[0]} (in the first alone)", float("inf"), float("inf"))
             ours = next(left, None)
         else:
@@ -79,6 +84,16 @@ def _comes_first(ours: str, theirs: str) -> bool:
         return False
     keys = (MASTER, *MOMENTS)
     return not _is_state(theirs) or keys.index(ours.split(" ")[-1]) < keys.index(theirs.split(" ")[-1])
+
+
+def _weights(source: Source) -> set[str]:
+    """Names of the weights of a checkpoint's model."""
+    return {weight.name for weight in weight_table(source.shape)}
+
+
+def _weight_of(name: str) -> str:
+    """The weight that a tensor is, or is a state of."""
+    return name.partition(" ")[0]
 
 
 def _is_state(name: str) -> bool:

@@ -151,7 +151,7 @@ def _check_destination(destination: Path, checkpoint: Path, *, overwrite: bool) 
             f"--overwrite removes an earlier export, and {destination} is none, or holds other files besides\n"
             "  give another folder"
         )
-    if not destination.parent.is_dir():
+    if destination.parent.exists() and not destination.parent.is_dir():
         raise CheckpointError(f"{destination.parent}, which would hold the export, is not a folder")
 
 

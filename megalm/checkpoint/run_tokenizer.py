@@ -10,7 +10,7 @@ from megalm.config.root import Config
 from megalm.data.build import corpus_prefixes
 from megalm.data.same_tokenizer import TokenizerFacts, another_made
 from megalm.errors import DataError
-from megalm.tokenizers.build import build_tokenizer, data_fields, open_tokenizer
+from megalm.tokenizers.build import build_tokenizer, data_fields, tokenizer_in
 from megalm.tokenizers.probe import probe_ids
 from megalm.tokenizers.protocol import Tokenizer
 
@@ -26,16 +26,14 @@ def tokenizer_of_run(
     Raises: DataError if it cannot be read, has ids that the model has no row for, or did not make the run's corpora.
     """
     if given is not None:
-        tokenizer = open_tokenizer("PretrainedFromHF", path=given)
+        tokenizer = tokenizer_in(given)
     elif config is not None:
         tokenizer = build_tokenizer(config.data, vocab_size=_ids_of_null(source))
     else:
-        beside = data_fields(source.folder.resolve().parent / layout.TOKENIZER)
-        if not beside:
+        beside = source.folder.resolve().parent / layout.TOKENIZER
+        if not data_fields(beside):
             return None
-        kind = beside.get("tokenizer_type", "PretrainedFromHF")
-        path, vocab_file, merge_file = (beside.get(name) for name in ("tokenizer_path", "vocab_file", "merge_file"))
-        tokenizer = open_tokenizer(kind, path=path, vocab_file=vocab_file, merge_file=merge_file)
+        tokenizer = tokenizer_in(str(beside))
     check_rows(tokenizer, source.shape.vocab_rows)
     prefixes = corpus_prefixes(config.data) if config is not None else []
     told = not prefixes or _check_corpora(tokenizer, prefixes)

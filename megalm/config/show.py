@@ -59,7 +59,7 @@ def _metavar(info: OptionInfo, flag: Flag | None) -> str:
 
 def _usage(flag: Flag, metavar: str) -> str:
     if flag.arity == "0":
-        return flag.name
+        return flag.name if flag.constant in (True, None) else f"{flag.name} (sets {flag.constant})"
     metavar = metavar or ("FILE ..." if flag.arity == "+" else "FILE")
     return f"{flag.name} [{metavar}]" if flag.arity == "?" else f"{flag.name} {metavar}"
 

@@ -16,13 +16,15 @@ from megalm.data.indexed import IndexedDataset, shown, sidecar_path
 from megalm.data.map_cache import cached_dealing
 from megalm.data.order import order_named
 from megalm.data.same_tokenizer import TokenizerFacts, check_tokenizer
-from megalm.data.sidecar import check_index_hash
+from megalm.data.sidecar import check_index_hash, read_sidecar
 from megalm.data.source import SampleSource
 from megalm.data.split import SPLITS, Member, parse_data_path, parse_groups, range_bounds
 from megalm.data.verify import verify_corpus
 from megalm.errors import DataError
 
 MANY_CORPORA = 100
+OF_DOCUMENTS_ENDS = ("eod_mask_loss", "reset_position_ids", "reset_attention_mask")
+"""Fields of the data section that do something where a document ends."""
 SECONDS_BETWEEN_LINES = 5.0
 
 
@@ -196,6 +198,12 @@ class _Builder:
             warning = None if self.tokenizer is None else check_tokenizer(indexed, self.tokenizer)
             if warning is not None:
                 self._warn(warning)
+            asked = [name for name in OF_DOCUMENTS_ENDS if getattr(self.data, name)]
+            if asked and (read_sidecar(prefix) or {}).get("append_eod") is False:
+                self._warn(
+                    f"{shown(prefix)} was tokenized without --append-eod, so that data.{asked[0]} finds no end of a "
+                    "document in it"
+                )
             self._open[prefix] = indexed
         return self._open[prefix]
 

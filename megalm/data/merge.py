@@ -25,7 +25,7 @@ def merge_datasets(prefixes: Sequence[str | Path], output: str | Path, *, overwr
 
     The bytes are those that tokenizing the inputs one after the other would have given. Corpora with sidecars are
     verified: their hashes, one tokenizer, and, for the parts of a partitioned corpus, that all are there in order.
-    Raises: DataError where they are not, and for corpora of different dtypes, whose ids come from different tokenizers.
+    Raises: DataError where they are not, and for corpora of different dtypes.
     """
     if not prefixes:
         raise DataError("no corpus to merge\n  give one prefix or more")
@@ -36,7 +36,7 @@ def merge_datasets(prefixes: Sequence[str | Path], output: str | Path, *, overwr
         if part.dtype != parts[0].dtype:
             raise DataError(
                 f"{part.prefix} holds {part.dtype.name} ids, {parts[0].prefix} holds {parts[0].dtype.name}\n"
-                "  they were made with different tokenizers: tokenize them again with one"
+                "  tokenize one of them again, with the other's tokenizer and --pad-vocab-size-to"
             )
     sidecars = [read_sidecar(part.prefix) for part in parts]
     _check_tokenizers(parts, sidecars)

@@ -40,6 +40,22 @@ def data_fields(folder: Path) -> dict[str, str]:
     return {}
 
 
+def tokenizer_in(place: str) -> Tokenizer:
+    """The tokenizer whose files a folder holds, of whatever type; a tokenizer.json or .model file; a name of the hub.
+
+    Raises: DataError if there is none, or it cannot be read.
+    """
+    if place.endswith(".model"):
+        return open_tokenizer("SentencePieceTokenizer", path=place)
+    fields = data_fields(Path(place))
+    return open_tokenizer(
+        fields.get("tokenizer_type", "PretrainedFromHF"),
+        path=fields.get("tokenizer_path", place),
+        vocab_file=fields.get("vocab_file"),
+        merge_file=fields.get("merge_file"),
+    )
+
+
 def open_tokenizer(
     kind: str,
     *,

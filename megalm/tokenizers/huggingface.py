@@ -130,8 +130,8 @@ def _from_hub(path: Path) -> Path:
     # The hub's client has a dozen error classes; here they all mean that the name is not in the cache.
     except Exception as error:
         raise DataError(
-            f"no tokenizer folder {name}, and the hub's cache on this machine does not hold one of that name\n"
-            f"  download it first (hf download {name} --local-dir FOLDER) and give the folder"
+            f"no tokenizer folder {name} in {Path.cwd()}, and the hub's cache on this machine holds none of that name\n"
+            f"  give the folder's whole path; or download it (hf download {name} --local-dir FOLDER) and give FOLDER"
         ) from error
     return _tokenizer_file(Path(folder))
 

@@ -20,6 +20,7 @@ def _names(monkeypatch: pytest.MonkeyPatch, first: list[str], second: list[str])
         "_tensors",
         lambda source, optimizer: iter([(name, torch.full((2,), float(len(name)))) for name in tensors[source.name]]),
     )
+    monkeypatch.setattr(comparison, "_weights", lambda source: {name.split()[0] for name in tensors[source.name]})
     return [found.name for found in comparison.tensor_differences(Path("first"), Path("second"))]
 
 
@@ -37,3 +38,15 @@ def test_states_that_one_side_lacks_are_named_and_no_others(
     where = "second" if swapped else "first"
     expected = [f"{weight} {key} (in the {where} alone)" for weight in ("a", "b") for key in lacking]
     assert _names(monkeypatch, *pair) == expected
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+def test_weights_of_one_kind_that_one_side_lacks_are_named_and_no_others(
+    swapped: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With and without an embedding's LayerNorm and an untied head."""
+    whole = [name for weight in ("e", "n.w", "n.b", "h", "head") for name in (weight, *(f"{weight} {k}" for k in KEYS))]
+    less = [name for name in whole if not name.startswith(("n.", "head"))]
+    where = "second" if swapped else "first"
+    expected = [f"{name} (in the {where} alone)" for name in whole if name.startswith(("n.", "head"))]
+    assert _names(monkeypatch, *((less, whole) if swapped else (whole, less))) == expected

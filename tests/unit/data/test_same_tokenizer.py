@@ -50,6 +50,17 @@ def test_nothing_is_said_of_a_corpus_of_the_same_tokenizer(made_with: dict[str, 
     assert check_tokenizer(IndexedDataset(corpus(tmp_path, made_with)), RUN) is None
 
 
+def test_ends_of_documents_that_were_never_written_are_told(tmp_path: Path) -> None:
+    prefix = corpus(tmp_path, None)
+    data = DataConfig(seq_length=8, data_path=(prefix,), reset_attention_mask=True)
+    assert open_corpora(data)[1] == []
+    sidecar = sidecar_path(prefix)
+    sidecar.write_text(json.dumps({**json.loads(sidecar.read_text()), "append_eod": False}))
+    (warning,) = open_corpora(data)[1]
+    assert "without --append-eod, so that data.reset_attention_mask finds no end" in warning
+    assert open_corpora(replace(data, reset_attention_mask=False))[1] == []
+
+
 def test_another_tokenizer_is_refused_by_the_ids_it_makes(tmp_path: Path) -> None:
     made_with = {"type": "SentencePieceTokenizer", "digest": "other", "vocab_size": 300, "probe": [1, 2, 4]}
     prefix = corpus(tmp_path, made_with)

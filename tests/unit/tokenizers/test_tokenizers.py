@@ -8,7 +8,7 @@ import pytest
 
 from megalm.config.data import DataConfig
 from megalm.errors import DataError
-from megalm.tokenizers.build import build_tokenizer, open_tokenizer
+from megalm.tokenizers.build import build_tokenizer, open_tokenizer, tokenizer_in
 from megalm.tokenizers.gpt2_bpe import GPT2BPETokenizer
 from megalm.tokenizers.huggingface import HuggingFaceTokenizer
 from megalm.tokenizers.null import NullTokenizer
@@ -68,6 +68,14 @@ def test_gpt2_files_give_the_ids_of_the_folder(gpt2_files: tuple[Path, Path], bp
     tokenizer = GPT2BPETokenizer(*gpt2_files)
     assert tokenizer.encode(text) == HuggingFaceTokenizer(bpe_folder).encode(text)
     assert (tokenizer.vocab_size, tokenizer.eod_id) == (700, 0)
+
+
+def test_a_folder_says_itself_of_what_type_its_tokenizer_is(gpt2_files: tuple[Path, Path], bpe_folder: Path) -> None:
+    assert isinstance(tokenizer_in(str(gpt2_files[0].parent)), GPT2BPETokenizer)
+    assert isinstance(tokenizer_in(str(bpe_folder)), HuggingFaceTokenizer)
+    assert isinstance(tokenizer_in(str(bpe_folder / "tokenizer.json")), HuggingFaceTokenizer)
+    with pytest.raises(DataError, match="give the folder's whole path"):
+        tokenizer_in("absent")
 
 
 def test_gpt2_reads_an_end_mark_inside_text_as_characters(gpt2_files: tuple[Path, Path], tmp_path: Path) -> None:
@@ -154,7 +162,7 @@ def test_broken_folder_is_named(bpe_folder: Path, tmp_path: Path, damage, messag
     [
         ("PretrainedFromHF", {}, "needs --tokenizer-name-or-path"),
         ("PretrainedFromHF", {"path": "/nowhere"}, "no such file or folder"),
-        ("PretrainedFromHF", {"path": "some/name"}, "download it first"),
+        ("PretrainedFromHF", {"path": "some/name"}, "or download it"),
         ("GPT2BPETokenizer", {}, "needs --vocab-file"),
         ("GPT2BPETokenizer", {"vocab_file": "v", "merge_file": "m"}, "no file v"),
         ("SentencePieceTokenizer", {"path": "/nowhere"}, "no SentencePiece model"),

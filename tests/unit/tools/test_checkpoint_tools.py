@@ -188,8 +188,8 @@ def test_import_convert_and_inspect_agree_about_every_tensor(
 ) -> None:
     pytest.importorskip("transformers")
     base = run_folder.parent
-    assert export_hf.main(["--load", str(run_folder), "--save", str(base / "hf")]) == 0
-    imported = ["--model", str(base / "hf"), "--save", str(base / "imported")]
+    assert export_hf.main(["--load", str(run_folder), "--save", str(base / "new" / "hf")]) == 0
+    imported = ["--model", str(base / "new" / "hf"), "--save", str(base / "imported")]
     assert import_hf.main([*imported, "--pipeline-model-parallel-size", "100"]) == 5
     assert "100 pipeline stages do not fit" in capsys.readouterr().err
     assert import_hf.main(imported) == 0
