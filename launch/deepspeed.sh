@@ -67,16 +67,19 @@ else
 fi
 
 # The processes form a tree, deepspeed -> its launch module -> ranks. `deepspeed` would die of a signal and leave them.
+# A signal that comes before the ranks are there waits for them.
+waiting=""
 children_of() { cat /proc/"$1"/task/*/children 2>/dev/null || true; }
 forward() {
-    local launcher rank
+    local launcher rank reached=false
     if [ -n "$hostfile" ]; then
         kill -s TERM "$runner" 2>/dev/null || true
         return
     fi
     for launcher in $(children_of "$runner"); do
-        for rank in $(children_of "$launcher"); do kill -s "$1" "$rank" 2>/dev/null || true; done
+        for rank in $(children_of "$launcher"); do if kill -s "$1" "$rank" 2>/dev/null; then reached=true; fi; done
     done
+    if ! $reached; then waiting=$1; fi
 }
 
 # At a terminal Ctrl-C goes to every process of the group; a session of its own leaves it to `forward`, once.
@@ -91,12 +94,21 @@ trap 'forward USR1' USR1
 # `wait` returns when a signal arrives; the loop goes on until the launcher is gone.
 code=0
 while true; do
+    while [ -n "$waiting" ] && kill -0 "$runner" 2>/dev/null; do
+        sleep 0.2
+        signal=$waiting
+        waiting=""
+        forward "$signal"
+    done
     if wait "$runner"; then code=0; else code=$?; fi
     kill -0 "$runner" 2>/dev/null || break
 done
 if [ -n "$env_file" ]; then rm -f "$env_file"; fi
+# DeepSpeed passes on -N for a rank that signal N has ended; a shell says 128 + N.
+if [ "$code" -gt 192 ]; then code=$((128 + 256 - code)); fi
 case $code in
     0 | 75) ;; # finished, or saved and asked to stop
+    129 | 1[3-8]? | 19[0-2]) echo "launch/deepspeed.sh: a process was ended by signal $(kill -l $((code - 128)))" >&2 ;;
     *) echo "launch/deepspeed.sh: the processes ended with exit code $code" >&2 ;;
 esac
 exit "$code"

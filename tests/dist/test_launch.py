@@ -103,6 +103,17 @@ def test_a_signal_to_the_script_saves_once_and_leaves_no_process(corpus: str, tm
     assert processes_of_session(process.pid) == []
 
 
+def test_a_signal_before_there_are_ranks_waits_for_them(tmp_path: Path) -> None:
+    (tmp_path / "sleeps.py").write_text("import time\ntime.sleep(600)\n")
+    process = start([*script("deepspeed.sh", "--num_gpus", "2"), str(tmp_path / "sleeps.py")])
+    time.sleep(1.0)  # The launcher is still importing.
+    os.kill(process.pid, signal.SIGTERM)
+    ended = finish(process)
+    assert ended.code == 128 + signal.SIGTERM, ended.output
+    assert "a process was ended by signal TERM" in ended.output
+    assert processes_of_session(process.pid) == []
+
+
 def test_a_configuration_that_cannot_be_obeyed_exits_with_its_code_and_one_paragraph(corpus: str) -> None:
     flags = program("--data-path", corpus, "--tensor-model-parallel-size", "3")
     ended = run([*script("deepspeed.sh", "--num_gpus", "3"), *flags])
