@@ -109,6 +109,11 @@ def read_foreign_config(folder: Path) -> ForeignModel:
             raise CheckpointError(
                 f"{path}: {key} = {content[key]!r} must be {expected!r}: megalm computes no other form"
             )
+    if content.get("slow_but_exact") and content.get("pretraining_tp", 1) != 1:
+        raise CheckpointError(
+            f"{path}: slow_but_exact = True with pretraining_tp = {content['pretraining_tp']!r} makes transformers "
+            "leave out the biases of two products in each block\n  set slow_but_exact to false, as in BLOOM's own folders"
+        )
     content = _as_transformers_reads(content, family=family)
     try:
         model = _bloom(content) if family == BLOOM else _gpt2(content)

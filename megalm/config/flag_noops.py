@@ -7,6 +7,8 @@ from megalm.config.flags import noop
 NOOPS = (
     noop("--deepspeed", "DeepSpeed always does the distribution."),
     noop("--use-pytorch-profiler", "--profile always uses torch's profiler."),
+    noop("--use-mcore-models", "There is one implementation of each model."),
+    noop("--use-legacy-models", "There is one implementation of each model."),
     noop("--deepscale", "The older name of --deepspeed."),
     noop("--local_rank", "The launcher's environment variables say the same.", arity="1"),
     noop("--local-rank", "The launcher's environment variables say the same.", arity="1"),

@@ -73,10 +73,13 @@ def parse_data_path(words: tuple[str, ...]) -> tuple[Member, ...]:
         return (Member(words[0], 1.0),)
     if not words or len(words) % 2:
         raise DataError(f"data_path has {len(words)} words; give one prefix, or pairs of a weight and a prefix")
-    members = tuple(
-        Member(prefix.strip(), _weight(weight, f"data_path, before {prefix}"))
-        for weight, prefix in zip(words[::2], words[1::2], strict=True)
-    )
+    try:
+        members = tuple(
+            Member(prefix.strip(), _weight(weight, f"data_path, before {prefix},"))
+            for weight, prefix in zip(words[::2], words[1::2], strict=True)
+        )
+    except DataError as error:
+        raise DataError(f"{error}\n  give one prefix, or WEIGHT PREFIX WEIGHT PREFIX ...") from error
     _check_total(members, "data_path")
     return members
 

@@ -340,6 +340,7 @@ def change_config(folder: Path, **fields: Any) -> None:
         ({"n_head": 0}, "num_heads"),
         ({"layer_norm_epsilon": float("nan")}, "small positive"),
         ({"apply_residual_connection_post_layernorm": True}, "apply_residual"),
+        ({"slow_but_exact": True, "pretraining_tp": 2}, "leave out the biases of two products"),
         ({"hidden_dropout": 1.5}, "dropout 1.5 must be at least 0 and less than 1"),
         ({"eos_token_id": "2"}, "eos_token_id = '2' must be a whole number"),
     ],
