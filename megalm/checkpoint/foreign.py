@@ -112,7 +112,8 @@ def read_foreign_config(folder: Path) -> ForeignModel:
     if content.get("slow_but_exact") and content.get("pretraining_tp", 1) != 1:
         raise CheckpointError(
             f"{path}: slow_but_exact = True with pretraining_tp = {content['pretraining_tp']!r} makes transformers "
-            "leave out the biases of two products in each block\n  set slow_but_exact to false, as in BLOOM's own folders"
+            "leave out the biases of two products in each block\n"
+            "  set slow_but_exact to false, as in BLOOM's own folders"
         )
     content = _as_transformers_reads(content, family=family)
     try:
