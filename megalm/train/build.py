@@ -271,7 +271,8 @@ def _requested_kernels(config: Config) -> dict[str, str]:
 
 
 def _stages(plan: Plan) -> list[range]:
-    """Positions of the layers that each stage will own, without any process but this one.
+    """Positions of the layers that each stage will own, without any process but this one; none under ZeRO-2 and 3,
+    which have no stages.
 
     Raises: KernelError if a kernel that is asked for by name cannot run here; ConfigError or DataError if the model
         cannot be dealt to the stages, or no token ends its documents.
@@ -288,6 +289,8 @@ def _stages(plan: Plan) -> list[range]:
         documents=documents,
         **named,
     )
+    if config.parallel.zero_stage >= 2:
+        return []
     model_plan = plan_gpt(config.model, seq_length=config.data.seq_length, kernels=kernels, documents=documents)
     return pipeline_stages(model_plan, partition=config.parallel.pipeline_partition, num_stages=config.parallel.pp)
 
