@@ -49,7 +49,9 @@ class OutputConfig:
     )
     tensorboard_dir: str | None = option(None, doc="Folder of TensorBoard events; none are written when not given.")
     tensorboard_queue_size: int = option(1000, doc="Events held before TensorBoard writes them.")
-    wandb_project: str | None = option(None, doc="W&B project; nothing is sent or written when not given.")
+    wandb_project: str | None = option(
+        None, doc="W&B project; nothing is sent or written when not given. A resumed run goes on in its W&B run."
+    )
     wandb_name: str | None = option(None, doc="W&B run name.")
     wandb_mode: str = option(
         "offline", doc="offline writes records under save/wandb; online sends them.", choices=("offline", "online")

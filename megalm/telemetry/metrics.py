@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
+import os
+import secrets
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -125,10 +128,21 @@ class TensorBoardSink:
 
 
 class WandbSink:
-    """A W&B run; offline it is a record in a folder, which `wandb sync` can send later."""
+    """A W&B run; offline it is a record in a folder, which `wandb sync` can send later.
+
+    The folder keeps the run's id, so that a resumed training goes on in the same W&B run (offline: in a second record
+    of it). WANDB_RUN_ID decides instead where it is set.
+    """
 
     def __init__(
-        self, project: str, name: str | None, *, mode: str, folder: str | Path, config: Mapping[str, Any]
+        self,
+        project: str,
+        name: str | None,
+        *,
+        mode: str,
+        folder: str | Path,
+        config: Mapping[str, Any],
+        resumed: bool = False,
     ) -> None:
         """Raises: ConfigError if the wandb package is missing or does not start."""
         wandb = _import("wandb", package="wandb", asked_by="--wandb-project")
@@ -137,7 +151,14 @@ class WandbSink:
             # The console is ours: wandb neither captures it nor adds its own lines.
             settings = wandb.Settings(console="off", silent=True)
             self._run = wandb.init(
-                project=project, name=name, mode=mode, dir=str(folder), config=dict(config), settings=settings
+                project=project,
+                name=name,
+                mode=mode,
+                dir=str(folder),
+                config=dict(config),
+                settings=settings,
+                id=None if "WANDB_RUN_ID" in os.environ else _run_id(Path(folder) / "wandb_run_id", resumed=resumed),
+                resume="allow" if resumed and mode == "online" else None,
             )
         except (OSError, wandb.Error) as failure:
             raise ConfigError(
@@ -157,6 +178,20 @@ class WandbSink:
 
     def close(self) -> None:
         self._run.finish()
+
+
+def _run_id(path: Path, *, resumed: bool) -> str:
+    """The id that the file holds, for a training that goes on; otherwise a new one, kept there.
+
+    Raises: OSError if the file cannot be written.
+    """
+    with contextlib.suppress(FileNotFoundError, UnicodeDecodeError):
+        kept = path.read_text(encoding="utf-8").strip()
+        if resumed and kept.isalnum():
+            return kept
+    new = secrets.token_hex(4)
+    path.write_text(f"{new}\n", encoding="utf-8")
+    return new
 
 
 def _import(module: str, *, package: str, asked_by: str) -> Any:

@@ -48,6 +48,7 @@ def open_sinks(config: Config, topology: Topology, console: Console, *, resumed_
                 mode=output.wandb_mode,
                 folder=output.wandb_dir or output.save or ".",
                 config=config.values(),
+                resumed=resumed_step > 0,
             )
         )
     return sinks

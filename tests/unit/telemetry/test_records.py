@@ -113,6 +113,26 @@ def test_wandb_run_gets_the_configuration_and_every_metric(tmp_path: Path, monke
     assert run.finished
 
 
+def test_a_resumed_training_goes_on_in_its_wandb_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wandb = pytest.importorskip("wandb")
+    monkeypatch.delenv("WANDB_RUN_ID", raising=False)
+    asked: list[tuple[str | None, str | None]] = []
+
+    def init(**arguments: Any) -> FakeRun:
+        asked.append((arguments["id"], arguments["resume"]))
+        return FakeRun()
+
+    monkeypatch.setattr(wandb, "init", init)
+    for mode, resumed in (("online", True), ("online", True), ("offline", True), ("online", False)):
+        WandbSink("project", None, mode=mode, folder=tmp_path, config={}, resumed=resumed)
+    first, again, offline, other = asked
+    assert first[0] == again[0] == offline[0] != other[0]
+    assert [resume for _, resume in asked] == ["allow", "allow", None, None]
+    monkeypatch.setenv("WANDB_RUN_ID", "mine")
+    WandbSink("project", None, mode="online", folder=tmp_path, config={}, resumed=True)
+    assert asked[-1] == (None, "allow")
+
+
 @pytest.mark.slow
 def test_wandb_offline_run_leaves_a_record_and_prints_nothing(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
