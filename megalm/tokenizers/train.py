@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -11,6 +12,9 @@ from megalm.tokenizers.huggingface import fast_config
 
 END = "<|endoftext|>"
 NUM_BYTES = 256
+LONGEST_WORD = 2048
+"""Characters without white space that the trainer gets at once: its time grows with their square, and a line of base64
+or DNA would take minutes."""
 
 
 def train_byte_level_bpe(
@@ -41,7 +45,7 @@ def train_byte_level_bpe(
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    counted = _Counted(texts)
+    counted = _Counted(_with_short_words(texts))
     tokenizer.train_from_iterator(counted, trainer)
     if not counted.num_texts:
         raise DataError("there is no text to train a tokenizer on")
@@ -53,6 +57,15 @@ def train_byte_level_bpe(
     except OSError as error:
         raise DataError(f"cannot write the tokenizer to {target}: {error.strerror}") from error
     return int(tokenizer.get_vocab_size(with_added_tokens=True))
+
+
+def _with_short_words(texts: Iterable[str]) -> Iterator[str]:
+    """Texts with a line feed in longer words than `LONGEST_WORD`."""
+    for text in texts:
+        if len(text) > LONGEST_WORD and max(map(len, text.split()), default=0) > LONGEST_WORD:
+            yield re.sub(rf"\S{{{LONGEST_WORD}}}(?=\S)", r"\g<0>\n", text)
+        else:
+            yield text
 
 
 def train_sentencepiece(

@@ -70,6 +70,13 @@ def test_gpt2_files_give_the_ids_of_the_folder(gpt2_files: tuple[Path, Path], bp
     assert (tokenizer.vocab_size, tokenizer.eod_id) == (700, 0)
 
 
+def test_the_trainer_gets_long_words_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("megalm.tokenizers.train.LONGEST_WORD", 4)
+    train_byte_level_bpe(["ab" * 50, "abab cd"], tmp_path, vocab_size=300)
+    longest = max(HuggingFaceTokenizer(tmp_path).backend.get_vocab(), key=lambda token: len(token) * (token[0] != "<"))
+    assert longest == "abab"
+
+
 def test_a_folder_says_itself_of_what_type_its_tokenizer_is(gpt2_files: tuple[Path, Path], bpe_folder: Path) -> None:
     assert isinstance(tokenizer_in(str(gpt2_files[0].parent)), GPT2BPETokenizer)
     assert isinstance(tokenizer_in(str(bpe_folder)), HuggingFaceTokenizer)
