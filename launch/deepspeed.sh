@@ -70,6 +70,12 @@ fi
 # A signal that comes before the ranks are there waits for them.
 waiting=""
 children_of() { cat /proc/"$1"/task/*/children 2>/dev/null || true; }
+# A rank that is still starting ignores SIGINT, as all that a script runs in the background: SIGTERM ends it.
+for_rank() {
+    local ignored
+    ignored=$(sed -n 's/^SigIgn:[[:space:]]*//p' /proc/"$2"/status 2>/dev/null) || true
+    if [ "$1" = INT ] && [ $((16#${ignored:-0} & 2)) != 0 ]; then echo TERM; else echo "$1"; fi
+}
 forward() {
     local launcher rank reached=false
     if [ -n "$hostfile" ]; then
@@ -77,7 +83,7 @@ forward() {
         return
     fi
     for launcher in $(children_of "$runner"); do
-        for rank in $(children_of "$launcher"); do if kill -s "$1" "$rank" 2>/dev/null; then reached=true; fi; done
+        for rank in $(children_of "$launcher"); do if kill -s "$(for_rank "$1" "$rank")" "$rank" 2>/dev/null; then reached=true; fi; done
     done
     if ! $reached; then waiting=$1; fi
 }
@@ -95,7 +101,7 @@ trap 'forward USR1' USR1
 code=0
 while true; do
     while [ -n "$waiting" ] && kill -0 "$runner" 2>/dev/null; do
-        sleep 0.2
+        sleep 0.2 || true # Ctrl-C ends it
         signal=$waiting
         waiting=""
         forward "$signal"
@@ -105,10 +111,10 @@ while true; do
 done
 if [ -n "$env_file" ]; then rm -f "$env_file"; fi
 # DeepSpeed passes on -N for a rank that signal N has ended; a shell says 128 + N.
-if [ "$code" -gt 192 ]; then code=$((128 + 256 - code)); fi
+if [ -z "$hostfile" ] && [ "$code" -gt 192 ] && [ "$code" -lt 255 ]; then code=$((128 + 256 - code)); fi
 case $code in
     0 | 75) ;; # finished, or saved and asked to stop
-    129 | 1[3-8]? | 19[0-2]) echo "launch/deepspeed.sh: a process was ended by signal $(kill -l $((code - 128)))" >&2 ;;
+    1[3-8]? | 19[0-2]) echo "launch/deepspeed.sh: a process was ended by signal $(kill -l $((code - 128)))" >&2 ;;
     *) echo "launch/deepspeed.sh: the processes ended with exit code $code" >&2 ;;
 esac
 exit "$code"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -124,9 +124,10 @@ def _is_flag(word: str) -> bool:
 def _override(word: str) -> re.Match[str] | None:
     """`section.field=VALUE`, also where the section or the field is misspelled, but not both."""
     found = OVERRIDE.fullmatch(word)
-    if found and (found["section"] in SECTIONS or any(path.endswith(f".{found['name']}") for path in option_table())):
+    if found is None or found["section"] in SECTIONS:
         return found
-    return None
+    meant = nearest(found["section"], list(SECTIONS))
+    return found if any(f"{section}.{found['name']}" in option_table() for section in meant) else None
 
 
 def _unknown(name: str) -> Failure:
@@ -222,9 +223,22 @@ def _listed(path: str, text: str) -> list[str]:
     try:
         if path.endswith("_weighted_split_paths"):
             return (list(read_groups(text)) if '"' in text else []) or [text]
-        return shlex.split(text) or [text]
+        words = list(_shell_words(text)) or [text]
+        return words if path != "data.data_path" or _is_blend(words) else [text]
     except ValueError:
         return [text]
+
+
+def _shell_words(text: str) -> Iterator[str]:
+    """Words with spaces between them, or in quotes; a backslash is a character. Raises: ValueError."""
+    lexer = shlex.shlex(text, posix=True, punctuation_chars="")
+    lexer.whitespace_split, lexer.escape, lexer.commenters = True, "", ""
+    return iter(lexer)
+
+
+def _is_blend(words: Sequence[str]) -> bool:
+    """Whether these are weights and prefixes in turn, and not the parts of a path with spaces."""
+    return len(words) % 2 == 0 and all(re.fullmatch(r"[0-9.]+(e-?\d+)?", weight) for weight in words[::2])
 
 
 def _apply_paths_file(one: Given, settings: Settings, setters: dict[str, dict[str, Any]]) -> None:

@@ -16,16 +16,21 @@ UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno
 
 
 @contextlib.contextmanager
-def folder_lock(folder: Path, *, patience_seconds: float = PATIENCE_SECONDS) -> Iterator[bool | None]:
-    """Hold `folder/.lock` for the duration; yields whether it is held.
+def folder_lock(
+    folder: Path, *, name: str = ".lock", is_ours: bool = False, patience_seconds: float = PATIENCE_SECONDS
+) -> Iterator[bool | None]:
+    """Hold `folder/name` for the duration; yields whether it is held.
 
     The operating system frees the lock of a process that dies. Yields None where the file system has no locks, and
     False when another process keeps it for longer than `patience_seconds`.
+    `is_ours` says that no other user locks this folder.
     Raises: OSError if the folder cannot be made or written.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    # Opened for reading, so that users who share a cache can lock what another of them made.
-    descriptor = os.open(folder / ".lock", os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    # Opened for reading, so that users who share a cache can lock what another of them made; NFS locks for writers
+    # alone.
+    mode = os.O_RDWR if is_ours else os.O_RDONLY
+    descriptor = os.open(folder / name, mode | os.O_CREAT | os.O_CLOEXEC, 0o666)
     try:
         yield _acquired(descriptor, time.monotonic() + patience_seconds)
     finally:

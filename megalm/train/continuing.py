@@ -15,6 +15,8 @@ from megalm.errors import CheckpointError, ConfigError
 from megalm.topology.agree import together
 from megalm.topology.topology import Topology
 
+LOCK = ".run.lock"
+"""Not the `.lock` of sample maps, which --data-cache-path may put into the same folder."""
 PATIENCE_SECONDS = 10.0
 """A run that was told to stop may still be writing its last checkpoint."""
 
@@ -34,13 +36,20 @@ def check_save_folder(config: Config, loaded: Path | None) -> None:
     if output.save is None or config.training.eval_only:
         return
     folder = Path(output.save)
-    continues = output.load is not None and _same(folder, Path(output.load) if loaded is None else loaded.parent)
+    if loaded is None:  # All that --load holds may be damaged.
+        continues = output.load is not None and _same(folder, Path(output.load))
+    else:
+        continues = lies_in(loaded, folder)
     resets = output.finetune or output.reset_progress
-    if not folder.is_dir() or (continues and not (resets and loaded is not None)):
+    if continues and not (resets and loaded is not None):
         return
-    others = [
-        path for step, path in published_checkpoints(folder) if loaded is None or step > 0 or not _same(path, loaded)
-    ]
+    others: list[Path] = []
+    with contextlib.suppress(OSError):  # Of a folder that is not there or cannot be read whoever writes to it tells.
+        others = [
+            path
+            for step, path in published_checkpoints(folder)
+            if loaded is None or step > 0 or not _same(path, loaded)
+        ]
     if others:
         named = ", ".join(path.name for path in others[:3]) + (
             "" if len(others) <= 3 else f" and {len(others) - 3} more"
@@ -60,16 +69,23 @@ def only_saver(config: Config, topology: Topology) -> Iterator[None]:
     Communicates: one all-gather of small objects over the world.
     Raises: CheckpointError, the same on every rank, if another run saves to it for longer than `PATIENCE_SECONDS`.
     """
-    if config.output.save is None or config.training.eval_only:
+    output = config.output
+    if output.save is None or config.training.eval_only:
         yield
         return
-    folder = Path(config.output.save)
+    folder = Path(output.save)
+    if output.load is not None and not output.allow_fresh_start and not folder.exists():
+        load = Path(output.load)
+        if _same(load, folder) or _same(load.parent, folder):  # There is nothing to load, and so no run.
+            yield
+            return
     with contextlib.ExitStack() as held:
 
         def hold() -> None:
             # What else is wrong with the folder whoever writes to it says.
             with contextlib.suppress(OSError):
-                if held.enter_context(folder_lock(folder, patience_seconds=PATIENCE_SECONDS)) is False:
+                lock = folder_lock(folder, name=LOCK, is_ours=True, patience_seconds=PATIENCE_SECONDS)
+                if held.enter_context(lock) is False:
                     raise CheckpointError(
                         f"another run is saving to {folder}, and has been for {PATIENCE_SECONDS:.0f} s\n"
                         "  wait for its end, or give another --save"
@@ -77,6 +93,11 @@ def only_saver(config: Config, topology: Topology) -> Iterator[None]:
 
         together(topology, hold if topology.world.is_first else lambda: None)
         yield
+
+
+def lies_in(checkpoint: Path, folder: Path) -> bool:
+    """Whether a checkpoint is one of those in `folder`, however both are spelled or linked."""
+    return _same(checkpoint.parent, folder) or _same(checkpoint.resolve().parent, folder)
 
 
 def _same(one: Path, other: Path) -> bool:

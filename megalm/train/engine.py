@@ -216,6 +216,8 @@ def build_engine(
             raw._bf16_reduce_grads = sums.average
     if topology.tp.size > 1:
         _look_at_replicas_too(raw.optimizer)
+    if isinstance(raw.optimizer, DeepSpeedZeroOptimizer) and raw.optimizer.cpu_offload:
+        _forget_what_was_left_out(raw.optimizer)
     if not pipelined:
         return DataParallelTrainingEngine(raw, topology)
     if isinstance(raw.optimizer, DeepSpeedZeroOptimizer):
@@ -244,6 +246,21 @@ def _look_at_replicas_too(optimizer: Any) -> None:
             return optimizer._loss_scale_update_and_overflow_cleanup() if update_scale else optimizer.overflow
 
         optimizer._overflow_check_and_loss_scale_update = check
+
+
+def _forget_what_was_left_out(optimizer: Any) -> None:
+    """Have DeepSpeed's ZeRO-2 drop the gradients of an update that it leaves out, with an offloaded optimizer, too.
+
+    DeepSpeed 0.19 keeps their sums there in bf16, and with the NaN in them leaves out every later update.
+    """
+    reset = optimizer.reset_cpu_buffers
+
+    def reset_and_forget() -> None:
+        reset()
+        if optimizer.overflow:
+            optimizer.averaged_gradients = dict.fromkeys(optimizer.averaged_gradients)
+
+    optimizer.reset_cpu_buffers = reset_and_forget
 
 
 def _join_norms(optimizer: Any, topology: Topology) -> None:

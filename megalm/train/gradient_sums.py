@@ -20,7 +20,7 @@ from megalm.kernels.gradient_sum.protocol import GradientSumKernel
 from megalm.parallel.collectives import reduce_scatter_into
 from megalm.parallel.gradient_sum import GradientSum, adds_gradients, give_gradient_sum
 from megalm.topology.group import SOLO, Group
-from megalm.train.optimizer import AdamW
+from megalm.train.optimizer import AdamW, is_tied_copy
 
 MOST_IN_A_NORM = 2**28
 """Elements of a tensor whose norm is measured at once: kernels of several tensors count in 32 bits."""
@@ -65,7 +65,7 @@ class GradientSums:
             self._own.append(flat[own.start : own.stop])
             for run in _runs(parameters, counts, own):
                 self._counted += flat[run.start : run.stop].split(MOST_IN_A_NORM)
-            for run in _runs(parameters, lambda parameter: not counts(parameter), own):
+            for run in _runs(parameters, lambda parameter: not (counts(parameter) or is_tied_copy(parameter)), own):
                 self._not_counted += flat[run.start : run.stop].split(MOST_IN_A_NORM)
 
     def add(self, parameter: nn.Parameter, group: int, index: int, clear_lp_grads: bool) -> None:

@@ -11,7 +11,7 @@ from megalm.config.root import Config
 from megalm.config.step_ranges import parse_step_ranges
 from megalm.data.batches import Batch
 from megalm.data.loader import TimedBatches
-from megalm.errors import DivergedError
+from megalm.errors import CheckpointError, DivergedError
 from megalm.telemetry.console import Console
 from megalm.telemetry.memory import peak_memory_bytes
 from megalm.telemetry.metrics import Sink, StepMetrics
@@ -191,6 +191,10 @@ def stop_if_diverged(run: Run, metrics: StepMetrics) -> None:
     run.skipped_in_a_row = run.skipped_in_a_row + 1 if metrics.skipped else 0
     if training.dtype == "fp16" or not 0 < training.max_skipped_steps <= run.skipped_in_a_row:
         return
+    try:
+        run.saver.finish()
+    except CheckpointError as error:
+        run.console.error(str(error))
     first = metrics.step - run.skipped_in_a_row + 1
     raise DivergedError(
         f"gradients were not finite in {run.skipped_in_a_row} steps in a row, {first} to {metrics.step}, and no update "

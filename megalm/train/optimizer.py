@@ -92,7 +92,7 @@ class AdamW(PlainAdamW):
         """
         found: dict[bool, list[torch.Tensor]] = {True: [], False: []}
         for parameter in (parameter for group in self.param_groups for parameter in group["params"]):
-            if parameter.grad is not None:
+            if parameter.grad is not None and not is_tied_copy(parameter):
                 found[is_counted_here(parameter, self._topology)].append(parameter.grad)
         total = torch.zeros((), device=self._topology.device)
         for counted, gradients in found.items():
@@ -105,9 +105,14 @@ class AdamW(PlainAdamW):
         return total.sqrt()
 
 
+def is_tied_copy(parameter: nn.Parameter) -> bool:
+    """Whether another stage counts this parameter, whose gradient is added up over both."""
+    return bool(getattr(parameter, "ds_pipe_replicated", False))
+
+
 def is_counted_here(parameter: nn.Parameter, topology: Topology) -> bool:
     """Whether this rank counts the parameter: shards always, replicas on the first tensor rank, tied copies once."""
-    if getattr(parameter, "ds_pipe_replicated", False):
+    if is_tied_copy(parameter):
         return False
     return topology.tp.is_first or bool(getattr(parameter, "tensor_model_parallel", False))
 

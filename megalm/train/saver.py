@@ -12,6 +12,7 @@ from pathlib import Path
 from megalm.checkpoint.background import BackgroundSaver
 from megalm.checkpoint.find import Verification, find_checkpoint
 from megalm.checkpoint.load import load_checkpoint
+from megalm.checkpoint.retention import published_checkpoints
 from megalm.checkpoint.save import SaveReport, save_checkpoint
 from megalm.config.compare import Difference
 from megalm.config.output import OutputConfig
@@ -21,7 +22,7 @@ from megalm.parallel.random import RngStreams
 from megalm.telemetry.console import Console
 from megalm.topology.agree import together
 from megalm.topology.topology import Topology
-from megalm.train.continuing import check_save_folder, compare, or_afresh
+from megalm.train.continuing import check_save_folder, compare, lies_in, or_afresh
 from megalm.train.engine import Engine
 from megalm.train.state import TrainState
 
@@ -70,6 +71,14 @@ class Saver:
         """
         with self._failing_as_configured():
             self._report(self.background.poll())
+
+    def finish(self) -> None:
+        """Wait for a checkpoint in flight, if there is one: nothing comes after it.
+
+        Raises: CheckpointError if it failed, unless --on-save-failure continue.
+        """
+        with self._failing_as_configured():
+            self._report(self.background.finish())
 
     def save_last(self, state: TrainState) -> None:
         """Wait for a checkpoint in flight, and save this step unless it is on disk already.
@@ -174,12 +183,27 @@ class Saver:
         state = _progress(loaded.state, output)
         if state.consumed_samples > 0:
             self._compare_order(path, loaded.state.get(SAMPLE_ORDER), changed)
-        self.saved_step = state.step if _is_in(path, output.save) else -1
+        self.saved_step = -1
+        if output.save is not None and lies_in(path, Path(output.save)):
+            self.saved_step = state.step
+            self._tell_of_later_steps(Path(output.save), state.step)
         self.console.info(
             f"continuing from {path}: step {state.step}, {state.consumed_samples} samples consumed; {costs[-1]}, "
             f"loaded in {time.monotonic() - started:.2f} s"
         )
         return state
+
+    def _tell_of_later_steps(self, folder: Path, step: int) -> None:
+        """Warn of checkpoints that lie ahead: this run was taken back, or what was newest is damaged."""
+        if not self.topology.world.is_first:
+            return
+        later = [path.name for number, path in published_checkpoints(folder) if number > step]
+        if later:
+            self.console.warning(
+                f"{folder} holds later steps than the one gone on from: {', '.join(later[:5])}\n"
+                "  this run replaces those that it saves too; the others count as its own once it has passed them, for "
+                "--keep-last and --load: move them away if they are not to"
+            )
 
     def _check_save_folder(self, loaded: Path | None) -> None:
         together(self.topology, partial(check_save_folder, self.config, loaded))
@@ -204,11 +228,6 @@ class Saver:
             "whole run asks for pass through a corpus\n"
             "  give the stored values, or pass --allow-changed-sample-order"
         )
-
-
-def _is_in(checkpoint: Path, folder: str | None) -> bool:
-    """Whether a checkpoint is one of those in `folder`, however that is spelled."""
-    return folder is not None and checkpoint.resolve().parent == Path(folder).resolve()
 
 
 def _progress(stored: dict[str, object], output: OutputConfig) -> TrainState:

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from megalm.data.folder_lock import folder_lock
+from megalm.train.continuing import LOCK
 from tests.dist.test_bad_input import run_and_hear, run_program, snapshot
 from tests.support.ranks import run_ranks
 from tests.support.tiny_run import train_tiny, write_corpus
@@ -133,7 +134,7 @@ def test_memory_that_is_used_up_is_said_with_what_needs_less(tmp_path: Path) -> 
 
 
 def _beside_another_run(flags: list[str], folder: str) -> Outcome:
-    with folder_lock(Path(folder)) as is_held, mock.patch("megalm.train.continuing.PATIENCE_SECONDS", 0.1):
+    with folder_lock(Path(folder), name=LOCK) as is_held, mock.patch("megalm.train.continuing.PATIENCE_SECONDS", 0.1):
         assert is_held
         return run_program([*flags, "--save", folder])
 
@@ -144,7 +145,14 @@ def test_two_runs_do_not_save_to_one_folder(tmp_path: Path) -> None:
     code, said = run_ranks(_beside_another_run, 1, data, str(folder))[0]
     assert code == 5
     assert f"another run is saving to {folder}" in said
-    assert sorted(path.name for path in folder.iterdir()) == [".lock"]
+    assert sorted(path.name for path in folder.iterdir()) == [LOCK]
+
+
+def test_sample_maps_may_lie_in_the_folder_that_is_saved_to(tmp_path: Path) -> None:
+    folder = str(tmp_path / "run")
+    data = ["--data-path", write_corpus(tmp_path), "--train-iters", "5", "--data-cache-path", folder]
+    (outcome,) = run_ranks(train_tiny, 1, [*data, "--save", folder], timeout=60)
+    assert len(outcome.losses) == 5
 
 
 def _without_host_memory(flags: list[str]) -> Outcome:

@@ -34,7 +34,7 @@ COMPILERS = (
     "as",
 )
 # What the scripts themselves call, and no more.
-PROGRAMS = ("bash", "env", "dirname", "cat", "grep", "mktemp", "rm", "uname", "sleep", "setsid")
+PROGRAMS = ("bash", "env", "dirname", "cat", "grep", "mktemp", "rm", "sed", "uname", "sleep", "setsid")
 
 
 @pytest.fixture(scope="module")
@@ -103,11 +103,12 @@ def test_a_signal_to_the_script_saves_once_and_leaves_no_process(corpus: str, tm
     assert processes_of_session(process.pid) == []
 
 
-def test_a_signal_before_there_are_ranks_waits_for_them(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_before_there_are_ranks_waits_for_them(number: int, tmp_path: Path) -> None:
     (tmp_path / "sleeps.py").write_text("import time\ntime.sleep(600)\n")
     process = start([*script("deepspeed.sh", "--num_gpus", "2"), str(tmp_path / "sleeps.py")])
     time.sleep(1.0)  # The launcher is still importing.
-    os.kill(process.pid, signal.SIGTERM)
+    os.kill(process.pid, number)
     ended = finish(process)
     assert ended.code == 128 + signal.SIGTERM, ended.output
     assert "a process was ended by signal TERM" in ended.output

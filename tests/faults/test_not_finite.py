@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import json
 import math
 import random
 from pathlib import Path
@@ -18,6 +19,7 @@ from tests.support.tiny_run import MODEL_FLAGS, TRAINING_FLAGS, write_corpus
 
 pytestmark = pytest.mark.dist
 
+OFFLOADED = "optimizer offloaded"
 SETTINGS = {
     "TP2 x PP2": (4, ["--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2"]),
     "TP2 x DP2 bf16": (4, ["--tensor-model-parallel-size", "2", "--bf16"]),
@@ -26,6 +28,7 @@ SETTINGS = {
     "TP2 x DP2 ZeRO-1": (4, ["--tensor-model-parallel-size", "2", "--zero-stage", "1"]),
     "TP2 x DP2 ZeRO-2": (4, ["--tensor-model-parallel-size", "2", "--zero-stage", "2"]),
     "TP2 x DP2 ZeRO-3 bf16": (4, ["--tensor-model-parallel-size", "2", "--zero-stage", "3", "--bf16"]),
+    "ZeRO-2 bf16 offloaded": (2, ["--zero-stage", "2", "--bf16", OFFLOADED]),
     "TP2 x PP2 bf16": (4, ["--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2", "--bf16"]),
 }
 """Processes and flags; the first two are the default suite."""
@@ -100,6 +103,9 @@ def test_gradients_that_are_not_finite_change_nothing_on_any_rank(
     if not full and name not in list(SETTINGS)[:2]:
         pytest.skip("--full runs all settings")
     world_size, flags = SETTINGS[name]
+    if OFFLOADED in flags:
+        (tmp_path / "ds.json").write_text(json.dumps({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}))
+        flags = [*flags[:-1], "--deepspeed_config", str(tmp_path / "ds.json")]
     data = ["--data-path", write_corpus(tmp_path), "--max-skipped-steps", str(MOST), "--train-iters", "60"]
     with figures.count("G", f"NaN or infinity in one rank's gradients, {name}: left out on all, then the end") as count:
         ranks = run_ranks(inject, world_size, [*MODEL_FLAGS, *TRAINING_FLAGS, *data, *flags])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -54,10 +55,12 @@ def train_then_flip(flags: list[str], num_steps: int) -> dict[str, list[list[str
         return {"before": [before], "found": found, "flipped": flipped, "after": [differences()]}
 
 
-def test_replicas_stay_equal_and_a_flipped_bit_is_found(figures: Figures, clean_runs: CleanRuns) -> None:
+def test_replicas_stay_equal_and_a_flipped_bit_is_found(
+    figures: Figures, clean_runs: CleanRuns, tmp_path: Path
+) -> None:
     clean = clean_runs.of(replace(TP2, steps=15))
     flags = [
-        *clean.command(clean.folder),
+        *clean.command(tmp_path),
         "training.train_iters=200",
         "training.clip_grad=0.05",
         "--lr-decay-iters",

@@ -131,6 +131,7 @@ GROUPS = ("a: 1 0:1 A, 2 0:1 B", "b: 1 0:1 C")
     "word, value",
     [
         ("data.data_path=0.5 A 0.5 'B C'", ("0.5", "A", "0.5", "B C")),
+        (r"data.data_path=/my data/c\d", (r"/my data/c\d",)),
         ("data.train_weighted_split_paths=" + GROUPS[0], GROUPS[:1]),
         ("data.train_weighted_split_paths=" + " ".join(f'"{group}"' for group in GROUPS), GROUPS),
         ("training.rampup_batch_size=2 2 20", (2, 2, 20)),
@@ -150,7 +151,8 @@ def test_a_misspelled_section_is_no_part_of_the_flag_before_it() -> None:
     said = failure_of("--data-path", "corpus", "modle.num_layers=3")
     assert "modle.num_layers is not a setting" in said
     assert "nearest: model.num_layers" in said
-    assert smallest("--data-path", "a/b.c=d").data.data_path == ("a/b.c=d",)
+    for prefix in ("a/b.c=d", "corpus.seed=1", "wiki.split=a"):
+        assert smallest("--data-path", prefix).data.data_path == (prefix,)
 
 
 def test_two_files_without_a_type_are_gpt2s_tokenizer() -> None:

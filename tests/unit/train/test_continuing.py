@@ -60,3 +60,13 @@ def _given(words: str, loaded: str | None, folders: Path) -> tuple[object, Path 
     names = {"run", "imported", "empty", "new"}
     line = [str(folders / word) if word.split("/")[0] in names else word for word in words.split()]
     return smallest(*line), None if loaded is None else folders / loaded
+
+
+def test_a_step_is_of_its_folder_under_any_name(folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    step = folders / "run" / "global_step20"
+    monkeypatch.chdir(step)
+    (folders / "link").symlink_to(step)
+    (folders / "disk").mkdir()
+    (folders / "run" / "global_step30").symlink_to(folders / "disk")
+    for loaded in (Path(), folders / "link", folders / "run" / "global_step30"):
+        check_save_folder(smallest("--load", str(loaded), "--save", str(folders / "run")), loaded)
