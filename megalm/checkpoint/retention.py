@@ -40,7 +40,7 @@ def remove_outdated(folder: Path, retention: Retention, *, newest: Path) -> tupl
 
     `newest` was just published and always stays, so the folder never loses its last valid checkpoint; of those before
     it, the ones with the highest steps stay. Later steps, of a run that was taken back to an earlier one, do not count
-    and stay until they are replaced. A folder that cannot be removed is no reason to stop a run.
+    and stay until they are replaced or passed. A folder that cannot be removed is no reason to stop a run.
     """
     if retention.keep_last is None:
         return (), ()

@@ -27,7 +27,7 @@ def from_text(info: OptionInfo, words: Sequence[str]) -> Any:
     if info.kind == "strings":
         return tuple(words)
     if info.kind == "ints3":
-        return _three([_int(word) for part in words for word in part.replace(",", " ").split()])
+        return _three([word for part in words for word in _split(part)])
     if len(words) != 1:
         raise ValueError(f"expected {EXPECTED[info.kind]}, got {len(words)} values")
     return _chosen(info, _scalar(info.kind, words[0]))
@@ -43,9 +43,7 @@ def from_yaml(info: OptionInfo, value: Any) -> Any:
         items = value if isinstance(value, list) else [value]
         return tuple(str(item) for item in items)
     if info.kind == "ints3":
-        return _three(
-            [_int(item) for item in (value if isinstance(value, list) else str(value).replace(",", " ").split())]
-        )
+        return _three(value if isinstance(value, list) else _split(str(value)))
     return _chosen(info, _scalar(info.kind, value))
 
 
@@ -94,7 +92,13 @@ def _bool(value: Any) -> bool:
     raise ValueError(f"expected {EXPECTED['bool']}, got {value!r}")
 
 
-def _three(numbers: list[int]) -> tuple[int, int, int]:
+def _split(text: str) -> list[str]:
+    """Numbers with spaces or commas between them."""
+    return text.replace(",", " ").split()
+
+
+def _three(items: list[Any]) -> tuple[int, int, int]:
+    numbers = [_int(item) for item in items]
     if len(numbers) != 3:
         raise ValueError(f"expected {EXPECTED['ints3']}, got {len(numbers)}")
     return numbers[0], numbers[1], numbers[2]

@@ -32,10 +32,9 @@ def check_save_folder(config: Config, loaded: Path | None) -> None:
     Raises: CheckpointError if there are others: the run would replace them step by step, remove them in place of its
         own, and go on from one of them if its own were damaged.
     """
-    output = config.output
-    if output.save is None or config.training.eval_only:
+    output, folder = config.output, _saved_to(config)
+    if folder is None:
         return
-    folder = Path(output.save)
     if loaded is None:  # All that --load holds may be damaged.
         continues = output.load is not None and _same(folder, Path(output.load))
     else:
@@ -69,11 +68,10 @@ def only_saver(config: Config, topology: Topology) -> Iterator[None]:
     Communicates: one all-gather of small objects over the world.
     Raises: CheckpointError, the same on every rank, if another run saves to it for longer than `PATIENCE_SECONDS`.
     """
-    output = config.output
-    if output.save is None or config.training.eval_only:
+    output, folder = config.output, _saved_to(config)
+    if folder is None:
         yield
         return
-    folder = Path(output.save)
     if output.load is not None and not output.allow_fresh_start and not folder.exists():
         load = Path(output.load)
         if _same(load, folder) or _same(load.parent, folder):  # There is nothing to load, and so no run.
@@ -93,6 +91,12 @@ def only_saver(config: Config, topology: Topology) -> Iterator[None]:
 
         together(topology, hold if topology.world.is_first else lambda: None)
         yield
+
+
+def _saved_to(config: Config) -> Path | None:
+    """The folder that the run saves to; None for one that does not save."""
+    save = config.output.save
+    return None if save is None or config.training.eval_only else Path(save)
 
 
 def lies_in(checkpoint: Path, folder: Path) -> bool:

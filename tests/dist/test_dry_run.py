@@ -14,7 +14,9 @@ import torch
 
 from megalm.data.folder_lock import folder_lock
 from megalm.train.continuing import LOCK
+from megalm.train.engine import OLDEST_DEEPSPEED
 from tests.dist.test_bad_input import run_and_hear, run_program, snapshot
+from tests.support.jobs import ROOT
 from tests.support.ranks import run_ranks
 from tests.support.tiny_run import train_tiny, write_corpus
 
@@ -178,6 +180,7 @@ def test_a_deepspeed_that_trains_another_model_is_refused(tmp_path: Path) -> Non
     code, said = run_ranks(_with_an_older_deepspeed, 1, ["--data-path", write_corpus(tmp_path)])[0]
     assert code == 2
     assert "DeepSpeed 0.19.7+cpu is older than 0.19.8" in said
+    assert f'"deepspeed>={OLDEST_DEEPSPEED}"' in (ROOT / "pyproject.toml").read_text(encoding="utf-8")
 
 
 def _interrupted(flags: list[str]) -> Outcome:

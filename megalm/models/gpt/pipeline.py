@@ -192,10 +192,12 @@ def deal_stages(plan: GPTPlan, *, partition: str, num_stages: int) -> list[range
             )
         parts = partition_balanced(weights=weights, num_parts=num_stages)
     stages = [range(start, stop) for start, stop in itertools.pairwise(parts)]
-    if EMBEDDING_LAYER not in stages[0] or head_layer(plan.shape) not in stages[-1]:
-        lacks = (
-            "first stage without the embedding" if EMBEDDING_LAYER not in stages[0] else "last stage without the head"
-        )
+    lacks = None
+    if EMBEDDING_LAYER not in stages[0]:
+        lacks = "first stage without the embedding"
+    elif head_layer(plan.shape) not in stages[-1]:
+        lacks = "last stage without the head"
+    if lacks is not None:
         raise ConfigError(
             f"parallel.pipeline_partition = {partition} leaves the {lacks}: {num_stages} stages of "
             f"{', '.join(str(len(stage)) for stage in stages)} layers\n"
