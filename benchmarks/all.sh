@@ -6,9 +6,10 @@
 #
 # On one Hopper GPU all of it takes about 20 minutes; PARTS="tests kernels small large" chooses among the parts.
 # PARTS=marks times the trainer beside each peer where docs/performance.md compares them, in about 7 minutes.
+# PARTS=candidates tests and times kernels that `auto` does not take yet beside those it takes, in about 4.
 set -uo pipefail
 case ${1:-} in
-    -h | --help) sed -n '2,8s/^# \{0,1\}//p' "$0"; exit 0 ;;
+    -h | --help) sed -n '2,9s/^# \{0,1\}//p' "$0"; exit 0 ;;
     -*) echo "unknown argument $1; see: bash benchmarks/all.sh --help" >&2; exit 2 ;;
 esac
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -17,8 +18,8 @@ folder=${1:-runs/performance}
 parts=${PARTS:-${KERNEL_TESTS:+tests} kernels small large}
 for part in $parts; do
     case $part in
-        tests | kernels | small | large | marks) ;;
-        *) echo "no part named $part: tests, kernels, small, large, marks" >&2; exit 2 ;;
+        tests | kernels | small | large | marks | candidates) ;;
+        *) echo "no part named $part: tests, kernels, small, large, marks, candidates" >&2; exit 2 ;;
     esac
 done
 mkdir -p "$folder"
@@ -66,6 +67,13 @@ for part in $parts; do
             mark 1b7-plain bloom-1b7 --peer plain-compile --micro-batch-sizes 8 "${few[@]}"
             mark 1b7-largest bloom-1b7 --peer plain-compile --micro-batch-sizes 16 20 --num-micro-batches 2 "${few[@]}" \
                 parallel.recompute=activation
+            ;;
+        candidates)
+            few=(--warmup-steps 2 --steps 5)
+            run tests-candidates "$python" -m pytest -v -s tests/unit/kernels/test_gelu_linear.py
+            run kernels-candidates "$python" benchmarks/kernels.py --only MLP
+            mark 1b7-separate bloom-1b7 --peer plain-compile --micro-batch-sizes 8 "${few[@]}" output.gelu_linear=separate
+            mark 1b7-cublaslt bloom-1b7 --micro-batch-sizes 8 "${few[@]}" output.gelu_linear=cublaslt
             ;;
     esac
 done

@@ -22,6 +22,8 @@ from megalm.kernels.bias_gelu import eager, jit
 from megalm.kernels.bias_gelu.gated import bias_glu
 from megalm.kernels.cross_entropy.torch_rows import TorchRows
 from megalm.kernels.dropout_add import oracle as dropout_oracle
+from megalm.kernels.gelu_linear import cublaslt
+from megalm.kernels.gelu_linear.oracle import TorchGeluLinear
 from megalm.kernels.layer_norm import apex_norm, oracle, torch_native
 from megalm.kernels.linear import onednn
 from megalm.kernels.linear.torch_native import TorchLinear
@@ -32,6 +34,8 @@ from megalm.parallel.head_loss import head_cross_entropy
 from megalm.topology.group import SOLO
 
 EPS = 1e-5
+SUGGESTIONS = 4
+"""Of cuBLASLt's heuristic that are timed; a run takes the first."""
 Sides = dict[str, Callable[..., Any]]
 
 
@@ -46,6 +50,9 @@ def comparisons(device: torch.device) -> Iterator[Comparison]:
         yield _layer_norm(device, rows, width)
         yield _add_layer_norm(device, rows, width)
     yield _bias_gelu(device, rows, 8192 if gpu else 512)
+    yield _mlp(device, *((16_384, 2048) if gpu else (1024, 128)))
+    if gpu:
+        yield _mlp(device, 16_384, 1024)
     yield _gated(device, rows, 5440 if gpu else 512)
     yield _dropout_add(device, rows, 2048 if gpu else 128)
     yield _softmax(device, *((4, 16, 1024) if gpu else (2, 4, 128)))
@@ -178,6 +185,57 @@ def _bias_gelu(device: torch.device, rows: int, width: int) -> Comparison:
     sides |= {"torch": eager.bias_gelu, "TorchScript": jit.bias_gelu_jit, **_compiled(eager.bias_gelu, device)}
     moved = _passes(5, device, rows, width)
     return Comparison("bias + GELU", f"{rows} x {width}", rows, make, sides, eager.bias_gelu, moved_bytes=moved)
+
+
+def _mlp(device: torch.device, rows: int, width: int) -> Comparison:
+    """Both products of an MLP and its GELU, without the last bias."""
+
+    def make(num_rows: int) -> tuple[Tensor, ...]:
+        (x, bias) = _leaves(device, (num_rows, width), (4 * width,))
+        return x, *_leaves(device, (4 * width, width), (width, 4 * width), scale=width**-0.5), bias
+
+    def apart(activation: Callable[..., Any], x: Tensor, up: Tensor, down: Tensor, bias: Tensor) -> Tensor:
+        y: Tensor = functional.linear(activation(functional.linear(x, up), bias), down)
+        return y
+
+    def inside(kernel: Any, x: Tensor, up: Tensor, down: Tensor, bias: Tensor) -> Tensor:
+        y: Tensor = _MlpOf.apply(x, up, down, bias, kernel)
+        return y
+
+    sides: Sides = {
+        side: functools.partial(apart, f)
+        for side, f in _triton(device, "bias_gelu.triton_activation", "bias_gelu", side="megalm separate").items()
+    }
+    if device.type == "cuda" and cublaslt.obstacle(device) is None:
+        for choice in range(SUGGESTIONS):
+            kernel = cublaslt.CublasLtGeluLinear(choice=choice)
+            sides[f"megalm cublaslt, suggestion {choice + 1}"] = functools.partial(inside, kernel)
+    written_out = functools.partial(apart, eager.bias_gelu)
+    sides |= {
+        "megalm torch": functools.partial(inside, TorchGeluLinear()),
+        "torch": written_out,
+        **_compiled(written_out, device),
+    }
+    operations = 6.0 * rows * 2 * width * 4 * width
+    return Comparison("MLP", f"{rows} x {width}", rows, make, sides, written_out, flops=operations)
+
+
+class _MlpOf(torch.autograd.Function):
+    """An MLP of the kernel that is given, for kernels that a run does not know by name."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, up: Tensor, down: Tensor, bias: Tensor, kernel: Any) -> Tensor:
+        activated, inner = kernel.forward(x, up, bias)
+        ctx.kernel = kernel
+        ctx.save_for_backward(x, up, down, activated, inner)
+        return functional.linear(activated, down)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        x, up, down, activated, inner = ctx.saved_tensors
+        wide, grad_bias = ctx.kernel.backward(grad, down, inner)
+        return wide @ up, wide.t() @ x, grad.t() @ activated, grad_bias, None
 
 
 def _gated(device: torch.device, rows: int, width: int) -> Comparison:

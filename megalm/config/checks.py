@@ -60,7 +60,8 @@ def check(config: Config, *, world_size: int, device_type: str, vocab_size: int 
 def static_failures(config: Config) -> list[Failure]:
     """The failures that can be told without processes, device or tokenizer."""
     checks: tuple[Check, ...] = (
-        _ranges, _shape, _positions, _pipeline, _zero, _duration, _skipped, _schedule, _ramp_up, _precision, _corpora,
+        _ranges, _shape, _positions, _pipeline, _zero, _duration, _skipped, _schedule, _ramp_up, _precision,
+        _gelu_linear, _corpora,
         _tokenizer, _checkpoints, _profile, deepspeed_failures,
     )  # fmt: skip
     return [failure for one in checks for failure in one(config)]
@@ -275,6 +276,28 @@ def _precision(config: Config) -> Iterator[Failure]:
             origins(config, "training.initial_loss_scale"),
             "4096, 65536, 4294967296",
         )
+
+
+def _gelu_linear(config: Config) -> Iterator[Failure]:
+    name, model, parallel = config.output.gelu_linear, config.model, config.parallel
+    if name in ("auto", "separate"):
+        return
+    needs = (
+        ("model.activation", model.activation == "gelu_tanh", "gelu_tanh"),
+        ("model.glu_activation", model.glu_activation is None, "no gate"),
+        ("parallel.tp", parallel.tp == 1, "1"),
+        ("parallel.zero_stage", parallel.zero_stage < 3, "less than 3"),
+        ("parallel.recompute", parallel.recompute != "activation", "none, selective or full"),
+        ("output.linear", config.output.linear in ("auto", "torch"), "torch"),
+        ("training.dtype", name != "cublaslt" or config.training.dtype != "fp32", "bf16 or fp16"),
+    )
+    for path, holds, wanted in needs:
+        if not holds:
+            yield Failure(
+                f"{set_to(config, 'output.gelu_linear')} needs {path} = {wanted}, not {config.get(path)}",
+                origins(config, "output.gelu_linear", path),
+                "--gelu-linear-kernel separate works with all",
+            )
 
 
 def _corpora(config: Config) -> Iterator[Failure]:

@@ -156,6 +156,7 @@ TARGETS = (
     takes("--attention-kernel", "output.attention"),
     takes("--layer-norm-kernel", "output.layer_norm"),
     takes("--bias-gelu-kernel", "output.bias_gelu"),
+    takes("--gelu-linear-kernel", "output.gelu_linear"),
     takes("--head-kernel", "output.head"),
     takes("--dropout-add-kernel", "output.dropout_add"),
 )

@@ -78,6 +78,11 @@ class OutputConfig:
         doc="Bias-GeLU implementation: auto, jit, torch, triton. With a gated MLP auto, torch, triton; "
         "with --no-bias-gelu-fusion auto, torch.",
     )
+    gelu_linear: str = option(
+        "auto",
+        doc="The MLP's products and its GELU: auto, separate (bias-GeLU between them), cublaslt (the GELU inside them; "
+        "NVIDIA GPUs, 16 bits, one tensor-parallel rank), torch (the reference of that). auto takes separate.",
+    )
     dropout_add: str = option(
         "auto",
         doc="Bias, dropout and addition to the residual stream: auto, torch, triton (Philox, no mask in memory).",

@@ -25,6 +25,8 @@ from megalm.kernels.bias_gelu.gated import torch_glu
 from megalm.kernels.cpu import multiplies_faster_in_fp32
 from megalm.kernels.cross_entropy.torch_rows import TorchRows
 from megalm.kernels.dropout_add.oracle import bias_dropout_add
+from megalm.kernels.gelu_linear import cublaslt
+from megalm.kernels.gelu_linear.operations import BY_NAME as GELU_LINEAR_BY_NAME
 from megalm.kernels.gradient_sum.oracle import TorchGradientSum
 from megalm.kernels.layer_norm import apex_norm, oracle, torch_native
 from megalm.kernels.layer_norm.protocol import AddLayerNormKernel, LayerNormAndPassKernel
@@ -137,6 +139,12 @@ _CANDIDATES: dict[str, dict[str, _Candidate]] = {
         "torch": _Candidate(lambda: torch_glu, _no_obstacle),
         "triton": _Candidate(_triton_glu, _triton_obstacle),
     },
+    # The GELU inside the MLP's products, or None: bias_gelu between them.
+    "gelu_linear": {
+        "separate": _Candidate(lambda: None, _no_obstacle),
+        "torch": _Candidate(lambda: GELU_LINEAR_BY_NAME["torch"], _no_obstacle),
+        "cublaslt": _Candidate(lambda: GELU_LINEAR_BY_NAME["cublaslt"], cublaslt.obstacle),
+    },
     "dropout_add": {
         "torch": _Candidate(lambda: bias_dropout_add, _no_obstacle),
         "triton": _Candidate(_triton_dropout_add, _triton_obstacle),
@@ -166,6 +174,7 @@ RUNS_EVERYWHERE = {
     "bias_gelu": "torch",
     "gelu_erf": "torch",
     "glu": "torch",
+    "gelu_linear": "separate",
     "dropout_add": "torch",
     "head": "chunked",
     "gradient_sum": "torch",
@@ -254,6 +263,8 @@ def _preference(
         if onednn.obstacle(device) is None and onednn.is_faster_here():
             return "onednn", "MKL leaves half of this processor's vector width unused, oneDNN does not"
         return "torch", "torch's own matrix products"
+    if operation == "gelu_linear":
+        return "separate", "products with the GELU inside have not been measured to be faster"
     if operation == "gelu_erf":
         return "torch", "the erf GELU has one implementation"
     if operation == "head":

@@ -23,6 +23,7 @@ from megalm.kernels.bias_gelu.eager import bias_gelu
 from megalm.kernels.bias_gelu.gated import torch_glu
 from megalm.kernels.cross_entropy.torch_rows import TorchRows
 from megalm.kernels.dropout_add.oracle import bias_dropout_add
+from megalm.kernels.gelu_linear.oracle import TorchGeluLinear
 from megalm.kernels.gradient_sum.oracle import TorchGradientSum
 from megalm.kernels.layer_norm import oracle
 
@@ -181,6 +182,22 @@ def _bias_gelu(kernel: Any, draw: Draw, demand: Demand) -> Comparison:
     return _compared(kernel, bias_gelu, (draw(draw.num_rows(512), 512), draw(512)), draw)
 
 
+def _gelu_linear(kernel: Any, draw: Draw, demand: Demand) -> Comparison:
+    """Both products as a run makes them, the whole [T, 4h] of some rows."""
+    h = demand.hidden_size
+    rows = min(draw.num_rows(4 * h), 2048)
+    x, up, bias = draw(rows, h), draw(4 * h, h) / h**0.5, draw(4 * h)
+    grad, down, inner = draw(rows, h), draw(h, 4 * h) / h**0.5, draw(rows, 4 * h)
+    reference = TorchGeluLinear()
+    got = *kernel.forward(x, up, bias), *kernel.backward(grad, down, inner)
+    wanted = (
+        *reference.forward(x.float(), up.float(), bias.float()),
+        *reference.backward(grad.float(), down.float(), inner.float()),
+    )
+    names = ("result", "inner result", "gradient", "bias's gradient")
+    return list(zip(names, got, wanted, strict=True))
+
+
 def _glu(kernel: Any, draw: Draw, demand: Demand) -> Comparison:
     inputs = (draw(draw.num_rows(512), 512), draw(512))
     return _compared(kernel(demand.gate), torch_glu(demand.gate), inputs, draw)
@@ -253,6 +270,7 @@ _CHECKS: dict[str, Check] = {
     "attention": _attention,
     "layer_norm": _layer_norm,
     "bias_gelu": _bias_gelu,
+    "gelu_linear": _gelu_linear,
     "glu": _glu,
     "head": _head,
     "gradient_sum": _gradient_sum,

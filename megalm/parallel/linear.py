@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megalm.kernels.bias_gelu.protocol import BiasGeluKernel
+from megalm.kernels.gelu_linear.operations import gelu_linear, gelu_linear_backward
 from megalm.kernels.linear.protocol import LinearKernel
 from megalm.kernels.linear.torch_native import TorchLinear, add_weight_gradient, linear_backward
 from megalm.parallel.collectives import (
@@ -181,6 +182,58 @@ class _ActivatedLinear(torch.autograd.Function):
             found = list(torch.autograd.grad(activated, differentiated, gradient))
         given = [found.pop(0) if wants else None for wants in wanted]
         return *given, grad_weight, None, None, None
+
+
+def gelu_mlp(x: Tensor, up: ColumnParallelLinear, down: RowParallelLinear, *, kernel: str) -> Tensor:
+    """gelu(x A^T + a) B^T of two layers on one tensor-parallel rank, the GELU inside the products; without B's bias.
+
+    Weights' gradients go to their `GradientSum`s, if they have them. `kernel` names a `GeluLinearKernel`.
+
+    Shapes: x [..., in] -> [..., out].
+    """
+    assert up.tp.size == down.tp.size == 1, "the GELU inside the products is for one tensor-parallel rank"
+    totals: list[Tensor | None] = [None, None]
+    if torch.is_grad_enabled():
+        sums = (getattr(layer.weight, "gradient_sum", None) for layer in (up, down))
+        totals = [None if found is None else found.total for found in sums]
+    y: Tensor = _GeluMlp.apply(x, up.weight, up.added_bias(), down.weight, *totals, kernel)
+    return y
+
+
+class _GeluMlp(torch.autograd.Function):
+    """Of tensors and a name alone, so that torch.compile looks into it."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        up: Tensor,
+        bias: Tensor,
+        down: Tensor,
+        up_total: Tensor | None,
+        down_total: Tensor | None,
+        kernel: str,
+    ) -> Tensor:
+        activated, inner = gelu_linear(x, up, bias, kernel=kernel)
+        ctx.kernel = kernel
+        ctx.save_for_backward(x, up, down, up_total, down_total, activated, inner)
+        return F.linear(activated, down)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        x, up, down, up_total, down_total, activated, inner = ctx.saved_tensors
+        wants_x, wants_up, _, wants_down = ctx.needs_input_grad[:4]
+        grad_down = TORCH.weight_gradient(grad, activated) if wants_down and down_total is None else None
+        total = down_total if wants_down else None
+        wide, grad_bias = gelu_linear_backward(total, grad, down, inner, activated, kernel=ctx.kernel)
+        grad_x, grad_up = None, None
+        if wants_x and wants_up and up_total is not None:
+            grad_x = linear_backward(up_total, wide, x, up)
+        else:
+            grad_x = wide @ up if wants_x else None
+            grad_up = TORCH.weight_gradient(wide, x) if wants_up else None
+        return grad_x, grad_up, grad_bias, grad_down, None, None, None
 
 
 class ColumnParallelLinear(nn.Module):

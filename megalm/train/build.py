@@ -266,7 +266,7 @@ def _build_module(plan: Plan, topology: Topology, streams: RngStreams, console: 
 
 def _requested_kernels(config: Config) -> dict[str, str]:
     """Operations of the model, and the implementation that is asked for: a name, or `auto`."""
-    operations = ("attention", "layer_norm", "bias_gelu", "linear", "head", "dropout_add")
+    operations = ("attention", "layer_norm", "bias_gelu", "gelu_linear", "linear", "head", "dropout_add")
     return {operation: str(config.get(f"output.{operation}")) for operation in operations}
 
 

@@ -93,8 +93,9 @@ def _with_graph(folder: Path, *flags: str) -> Ended:
         ["--recompute-granularity", "full"],
         ["--recompute-granularity", "activation"],
         ["--z-loss-coeff", "1e-3"],
+        ["--gelu-linear-kernel", "cublaslt"],
     ],
-    ids=["compiled", "uncompiled", "growing-batch", "documents", "recomputed", "activation", "z-loss"],
+    ids=["compiled", "uncompiled", "growing-batch", "documents", "recomputed", "activation", "z-loss", "gelu-inside"],
 )
 def test_micro_batches_as_a_graph_train_as_those_one_by_one(flags: list[str], tmp_path: Path) -> None:
     losses = []

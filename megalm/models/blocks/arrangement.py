@@ -57,6 +57,8 @@ class Kernels:
     """The addition to the residual stream and the LayerNorm after it in one; None takes them one by one."""
     layer_norm_and_pass: LayerNormAndPassKernel | None = None
     """The LayerNorm beside the residual stream whose backward adds both gradients; None leaves that to autograd."""
+    gelu_linear: str | None = None
+    """The `GeluLinearKernel` that has the GELU inside the MLP's products; None takes them one by one."""
     head: VocabularyRows | None = None
     """Fuses the head with the loss; None computes the logits of all tokens first."""
 

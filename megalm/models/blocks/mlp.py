@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from megalm.models.blocks.arrangement import BlockShape, Kernels, Spread
-from megalm.parallel.linear import ColumnParallelLinear, RowParallelLinear
+from megalm.parallel.linear import ColumnParallelLinear, RowParallelLinear, gelu_mlp
 
 
 class ParallelMLP(nn.Module):
@@ -19,6 +19,7 @@ class ParallelMLP(nn.Module):
     def __init__(self, shape: BlockShape, *, kernels: Kernels, spread: Spread) -> None:
         super().__init__()
         self.bias_gelu = kernels.bias_gelu
+        self.gelu_linear = kernels.gelu_linear
         self.recomputes_activation = spread.recompute == "activation"
         self.dense_h_to_4h = ColumnParallelLinear(
             shape.hidden_size,
@@ -38,6 +39,8 @@ class ParallelMLP(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.gelu_linear is not None:
+            return gelu_mlp(x, self.dense_h_to_4h, self.dense_4h_to_h, kernel=self.gelu_linear)  # -> [s, b, h]
         wide, bias = self.dense_h_to_4h(x), self.dense_h_to_4h.added_bias()  # -> [s, b, f/t]
         if self.training and self.recomputes_activation:
             return self.dense_4h_to_h.after_activation(self.bias_gelu, wide, bias)  # -> [s, b, h]

@@ -30,6 +30,7 @@ def choose_kernels(
     attention: str = "auto",
     layer_norm: str = "auto",
     bias_gelu: str = "auto",
+    gelu_linear: str = "auto",
     linear: str = "auto",
     head: str = "auto",
     dropout_add: str = "auto",
@@ -54,6 +55,7 @@ def choose_kernels(
     choices = {
         "attention": choose_for("attention", attention, use=use),
         "layer_norm": choose_for("layer_norm", layer_norm),
+        "gelu_linear": choose_for("gelu_linear", gelu_linear),
         "linear": choose_for("linear", linear),
         "head": choose_for("head", head),
         "dropout_add": choose_for("dropout_add", dropout_add, drops=model.hidden_dropout > 0.0),
@@ -64,6 +66,8 @@ def choose_kernels(
     else:
         choices["bias_gelu"] = choose_for("gelu_erf" if model.activation == "gelu_erf" else "bias_gelu", bias_gelu)
     chosen = {name: choice.implementation for name, choice in choices.items()}
+    if chosen["gelu_linear"] is not None:  # Modules call it by its name, which a compiled graph can hold.
+        chosen["gelu_linear"] = choices["gelu_linear"].name
     chosen["add_layer_norm"] = choose_add_layer_norm(choices["layer_norm"].name)
     chosen["layer_norm_and_pass"] = choose_layer_norm_and_pass(choices["layer_norm"].name)
     head_linear = TorchLinear() if choices["linear"].name.startswith("fp8") else choices["linear"].implementation

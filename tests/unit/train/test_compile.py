@@ -63,6 +63,27 @@ def test_compiled_blocks_give_the_same_loss_and_gradients_and_compile_once(model
     assert watch.report("step 2", expected=False) == 0
 
 
+@pytest.mark.parametrize("recompute", ["none", "full", "selective"])
+def test_the_gelu_inside_the_products_gives_the_same_compiled_or_not(recompute: str) -> None:
+    torch._dynamo.reset()
+    config = bloom()
+    apart, _ = choose_kernels(config, device=CPU, linear="torch")
+    inside, names = choose_kernels(config, device=CPU, linear="torch", gelu_linear="torch")
+    assert (apart.gelu_linear, inside.gelu_linear, names["gelu_linear"].name) == (None, "torch", "torch")
+    plain, module = (
+        GPT(plan_gpt(config, kernels=kernels, spread=Spread(recompute=recompute))) for kernels in (apart, inside)
+    )
+    randomise(plain)
+    module.load_state_dict(plain.state_dict())
+    wanted_loss, wanted_gradients = loss_and_gradients(plain)
+    for _ in range(2):
+        loss, gradients = loss_and_gradients(module)
+        torch.testing.assert_close(loss, wanted_loss, rtol=1e-6, atol=0)
+        for got, wanted in zip(gradients, wanted_gradients, strict=True):
+            torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6)
+        compiled(module)
+
+
 @pytest.mark.skipif(not INSTALLED, reason="Triton is not installed")
 def test_a_block_with_tritons_attention_is_one_graph() -> None:
     from megalm.kernels.attention.triton_flash import TritonAttention
