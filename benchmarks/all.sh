@@ -6,10 +6,11 @@
 #
 # On one Hopper GPU all of it takes about 20 minutes; PARTS="tests kernels small large" chooses among the parts.
 # PARTS=marks times the trainer beside each peer where docs/performance.md compares them, in about 7 minutes.
+# PARTS=largest trains the largest models beside the plain GPT in its arithmetic, all in bf16.
 # PARTS=candidates tests and times kernels that `auto` does not take yet beside those it takes, in about 4.
 set -uo pipefail
 case ${1:-} in
-    -h | --help) sed -n '2,9s/^# \{0,1\}//p' "$0"; exit 0 ;;
+    -h | --help) sed -n '2,10s/^# \{0,1\}//p' "$0"; exit 0 ;;
     -*) echo "unknown argument $1; see: bash benchmarks/all.sh --help" >&2; exit 2 ;;
 esac
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -18,8 +19,8 @@ folder=${1:-runs/performance}
 parts=${PARTS:-${KERNEL_TESTS:+tests} kernels small large}
 for part in $parts; do
     case $part in
-        tests | kernels | small | large | marks | candidates) ;;
-        *) echo "no part named $part: tests, kernels, small, large, marks, candidates" >&2; exit 2 ;;
+        tests | kernels | small | large | marks | largest | candidates) ;;
+        *) echo "no part named $part: tests, kernels, small, large, marks, largest, candidates" >&2; exit 2 ;;
     esac
 done
 mkdir -p "$folder"
@@ -67,6 +68,13 @@ for part in $parts; do
             mark 1b7-plain bloom-1b7 --peer plain-compile --micro-batch-sizes 8 "${few[@]}"
             mark 1b7-largest bloom-1b7 --peer plain-compile --micro-batch-sizes 16 20 --num-micro-batches 2 "${few[@]}" \
                 parallel.recompute=activation
+            ;;
+        largest)
+            one=(--micro-batch-sizes 1 --num-micro-batches 2 --warmup-steps 1 --steps 2)
+            for layers in 30 36; do # 7.1 and 8.3 B parameters
+                mark "7b1-$layers-layers" bloom-7b1 --peer plain-compile "${one[@]}" \
+                    --deepspeed-config benchmarks/pure_bf16.json parallel.zero_stage=2 "model.num_layers=$layers"
+            done
             ;;
         candidates)
             few=(--warmup-steps 2 --steps 5)

@@ -4,6 +4,8 @@
     python benchmarks/train_step.py --model bloom-1b7 --peer plain-compile
     python benchmarks/train_step.py --model bloom-560m --peer transformers --micro-batch-sizes 4
     python benchmarks/train_step.py --model bloom-quickstart --peer transformers --device cpu
+    python benchmarks/train_step.py --model bloom-7b1 --peer plain-compile --micro-batch-sizes 1 --num-micro-batches 2 \
+        --deepspeed-config benchmarks/pure_bf16.json parallel.zero_stage=2
 
 The trainer's side is `pretrain_gpt.py` itself under DeepSpeed, on a corpus of random ids; the peers are in
 benchmarks/peers/. Every side is a process of its own with the same shape, micro-batches and threads, and the sides
@@ -86,6 +88,7 @@ def compare(options: argparse.Namespace, folder: Path) -> int:
                    "versions": versions(("torch", "triton", "deepspeed", "transformers")),
                    "peak_tflops": peak_tflops, "seq_length": config.data.seq_length,
                    "num_micro_batches": options.num_micro_batches, "overrides": options.overrides,
+                   "deepspeed_config": options.deepspeed_config,
                    "results": [asdict(result) for result in results]}  # fmt: skip
         Path(options.json).write_text(json.dumps(content, indent=1) + "\n")
     return 0 if all(result.seconds for result in results if result.side == "megalm") else 1
@@ -105,6 +108,7 @@ def _options(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--peak-tflops", type=float, help="what MFU divides by")
     parser.add_argument("--json", help="file that receives all figures")
     parser.add_argument("--logs", help="folder that receives what every side printed, one file a side")
+    parser.add_argument("--deepspeed-config", help="DeepSpeed JSON of the trainer")
     parser.add_argument("overrides", nargs="*", help="further SECTION.FIELD=VALUE for the trainer")
     options = parser.parse_args(arguments)
     for name, least in (("num_micro_batches", 1), ("warmup_steps", 1), ("steps", 1), ("rounds", 1), ("threads", 1)):
@@ -127,10 +131,13 @@ def _preset(model: str) -> Path:
 def _common_flags(options: argparse.Namespace, folder: Path) -> list[str]:
     """What the trainer is told beside its preset: a null tokenizer over the preset's vocabulary, and no side work."""
     iterations = options.warmup_steps + options.steps
+    deepspeed = (
+        ["--deepspeed_config", str(Path(options.deepspeed_config).resolve())] if options.deepspeed_config else []
+    )
     vocab_size = "4096" if options.model == "bloom-quickstart" else "250680" if "bloom" in options.model else "50257"
     return ["--tokenizer-type", "NullTokenizer", "--vocab-size", vocab_size, "--data-path", str(folder / "random"),
             "--train-iters", str(iterations), "--lr-warmup-iters", "1", "--eval-interval", "0", "--split", "100,0,0",
-            "--log-interval", "1000000"]  # fmt: skip
+            "--log-interval", "1000000", *deepspeed]  # fmt: skip
 
 
 def _write_corpus(prefix: Path, config: Any, options: argparse.Namespace) -> None:
