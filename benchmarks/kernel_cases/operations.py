@@ -210,6 +210,8 @@ def _mlp(device: torch.device, rows: int, width: int) -> Comparison:
         for choice in range(SUGGESTIONS):
             kernel = cublaslt.CublasLtGeluLinear(choice=choice)
             sides[f"megalm cublaslt, suggestion {choice + 1}"] = functools.partial(inside, kernel)
+        apart_sum = cublaslt.CublasLtGeluLinear(sums_bias=False)
+        sides["megalm cublaslt, bias's gradient apart"] = functools.partial(inside, apart_sum)
     written_out = functools.partial(apart, eager.bias_gelu)
     sides |= {
         "megalm torch": functools.partial(inside, TorchGeluLinear()),

@@ -26,7 +26,7 @@ typedef enum {
   CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES = 1, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES = 5,
   CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES = 8
 } cublasLtMatmulPreferenceAttributes_t;
-enum { CUBLASLT_EPILOGUE_GELU_AUX_BIAS = 32 | 128 | 4, CUBLASLT_EPILOGUE_DGELU_BGRAD = 64 | 128 | 16 };
+enum { CUBLASLT_EPILOGUE_GELU_AUX_BIAS = 32 | 128 | 4, CUBLASLT_EPILOGUE_DGELU = 64 | 128, CUBLASLT_EPILOGUE_DGELU_BGRAD = 64 | 128 | 16 };
 typedef struct { uint64_t data[8]; } cublasLtMatmulAlgo_t;
 typedef struct {
   cublasLtMatmulAlgo_t algo; size_t workspaceSize; cublasStatus_t state; float wavesCount; int reserved[4];
@@ -123,7 +123,7 @@ cublasStatus_t cublasLtMatmulPreferenceSetAttribute(cublasLtMatmulPreference_t m
 
 static int fits(const Description *op, const Layout *a, const Layout *b, const Layout *d) {
   uint64_t m = op->transposes_a ? a->columns : a->rows, k = op->transposes_a ? a->rows : a->columns;
-  int forward = op->epilogue == CUBLASLT_EPILOGUE_GELU_AUX_BIAS, backward = op->epilogue == CUBLASLT_EPILOGUE_DGELU_BGRAD;
+  int forward = op->epilogue == CUBLASLT_EPILOGUE_GELU_AUX_BIAS, backward = op->epilogue == CUBLASLT_EPILOGUE_DGELU_BGRAD || op->epilogue == CUBLASLT_EPILOGUE_DGELU;
   int half = (a->type == CUDA_R_16F || a->type == CUDA_R_16BF) && b->type == a->type && d->type == a->type;
   return half && (forward || backward) && d->rows == m && b->rows == k && b->columns == d->columns &&
          a->ld >= (int64_t)a->rows && b->ld >= (int64_t)k && d->ld >= (int64_t)m && op->aux && op->bias &&

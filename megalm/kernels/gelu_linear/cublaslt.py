@@ -15,6 +15,7 @@ from torch import Tensor
 
 from megalm.kernels.gelu_linear.cublaslt_library import (
     ALIGNMENT,
+    DGELU,
     DGELU_BGRAD,
     GELU_AUX_BIAS,
     Host,
@@ -29,14 +30,15 @@ from megalm.kernels.gelu_linear.oracle import TorchGeluLinear
 class CublasLtGeluLinear:
     """A `GeluLinearKernel` in 16 bits on NVIDIA GPUs; sizes that are no multiples of 8 use torch's kernels.
 
-    `host` gives the library and the stream when they are first needed; `choice` takes a later suggestion of cuBLASLt's
-    heuristic, for measuring.
+    `host` gives the library and the stream when they are first needed. For measuring, `choice` takes a later suggestion
+    of cuBLASLt's heuristic, and without `sums_bias` the bias's gradient is a pass of its own.
     """
 
     name = "cublaslt"
 
-    def __init__(self, host: Callable[[], Host] = TorchHost, *, choice: int = 0) -> None:
+    def __init__(self, host: Callable[[], Host] = TorchHost, *, choice: int = 0, sums_bias: bool = True) -> None:
         self._host = functools.cache(host)
+        self._sums_bias = sums_bias
         self._choice = choice
         self._products: dict[tuple[Shape, torch.device], Product] = {}
         self._reference = TorchGeluLinear()
@@ -56,9 +58,10 @@ class CublasLtGeluLinear:
         if not _fits(rows, weight):
             return self._reference.backward(grad, weight, inner)
         gradient, bias = torch.empty_like(inner, memory_format=torch.contiguous_format), inner.new_empty(f)
-        shape = Shape(f, rows.size(0), rows.size(1), transposes_a=False, epilogue=DGELU_BGRAD, dtype=grad.dtype)
+        epilogue = DGELU_BGRAD if self._sums_bias else DGELU
+        shape = Shape(f, rows.size(0), rows.size(1), transposes_a=False, epilogue=epilogue, dtype=grad.dtype)
         self._product(shape, grad.device)(_aligned(weight), _aligned(rows), gradient, _aligned(inner), bias)
-        return gradient, bias
+        return gradient, bias if self._sums_bias else gradient.flatten(0, -2).sum(0)
 
     def _product(self, shape: Shape, device: torch.device) -> Product:
         key = (shape, device)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from megalm.errors import KernelError
 
-GELU_AUX_BIAS, DGELU_BGRAD = 32 | 128 | 4, 64 | 128 | 16
+GELU_AUX_BIAS, DGELU, DGELU_BGRAD = 32 | 128 | 4, 64 | 128, 64 | 128 | 16
 WORKSPACE_BYTES = 32 * 2**20
 """What NVIDIA recommends for Hopper."""
 ALIGNMENT = 16

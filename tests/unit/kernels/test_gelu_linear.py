@@ -99,19 +99,24 @@ def assert_rounded_once(got: Tensor, wanted: Tensor, magnitude: float) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("sizes", [(24, 16, 40), (1, 8, 8), (130, 40, 16)], ids=str)
+@pytest.mark.parametrize("sums_bias", [True, False])
 def test_cublaslt_gets_the_products_and_their_epilogues(
-    host: OnTheHost, dtype: torch.dtype, sizes: tuple[int, int, int]
+    host: OnTheHost, sums_bias: bool, sizes: tuple[int, int, int], dtype: torch.dtype
 ) -> None:
     tokens, inputs, features = sizes
     values = operands(tokens=tokens, inputs=inputs, features=features, dtype=dtype)
     before = host.calls
-    got = results(CublasLtGeluLinear(lambda: host), values)
+    got = results(CublasLtGeluLinear(lambda: host, sums_bias=sums_bias), values)
     assert host.calls == before + 2, "both products were cuBLASLt's"
     assert ctypes.c_void_p.in_dll(host.library, "last_stream").value == host.stream()
-    for one, wanted in zip(got, exact(values), strict=True):
+    for one, wanted in zip(got[:3], exact(values), strict=False):
         assert one.shape == wanted.shape
         assert one.dtype == dtype
         assert_rounded_once(one, wanted, magnitude=float(wanted.abs().max()))
+    bias, wanted = got[3], exact(values)[3]
+    # Added up apart, rows were rounded before.
+    rounded = 0.0 if sums_bias else torch.finfo(dtype).eps * exact(values)[2].abs().sum(0)
+    assert ((bias.double() - wanted).abs() <= torch.finfo(dtype).eps * wanted.abs() + rounded + 1e-4).all()
 
 
 def test_leading_dimensions_strides_and_alignment_are_free(host: OnTheHost) -> None:
