@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import socket
@@ -107,12 +108,20 @@ def test_a_signal_to_the_script_saves_once_and_leaves_no_process(corpus: str, tm
 def test_a_signal_before_there_are_ranks_waits_for_them(number: int, tmp_path: Path) -> None:
     (tmp_path / "sleeps.py").write_text("import time\ntime.sleep(600)\n")
     process = start([*script("deepspeed.sh", "--num_gpus", "2"), str(tmp_path / "sleeps.py")])
-    time.sleep(1.0)  # The launcher is still importing.
+    while not _catches(process.pid, number):
+        assert process.poll() is None
+        time.sleep(0.02)
+    time.sleep(0.3)  # The launcher is still importing.
     os.kill(process.pid, number)
     ended = finish(process)
     assert ended.code == 128 + signal.SIGTERM, ended.output
     assert "a process was ended by signal TERM" in ended.output
     assert processes_of_session(process.pid) == []
+
+
+def _catches(pid: int, number: int) -> bool:
+    caught = re.search(r"^SigCgt:\s*(\w+)", Path(f"/proc/{pid}/status").read_text(encoding="ascii"), re.MULTILINE)
+    return caught is not None and bool(int(caught[1], 16) >> (number - 1) & 1)
 
 
 def test_a_configuration_that_cannot_be_obeyed_exits_with_its_code_and_one_paragraph(corpus: str) -> None:
