@@ -22,7 +22,8 @@ class Comparison:
     """One operation at one shape, and the sides that compute it.
 
     `make` gives the differentiable inputs for a number of rows and a device's generator; every side and `exact` take
-    them. `exact` is in float64 on the same values. `moved_bytes` or `flops` are what a perfect kernel has to do.
+    them. `exact` is in float64 on the same values. `moved_bytes` or `flops` are what a perfect kernel has to do. Sides
+    that are `in_place` have no gradients, and change their inputs.
     """
 
     operation: str
@@ -33,6 +34,7 @@ class Comparison:
     exact: Callable[..., Any] | None
     moved_bytes: float = 0.0
     flops: float = 0.0
+    in_place: bool = False
 
 
 @dataclass
@@ -57,7 +59,7 @@ def measure(comparison: Comparison, side: str, device: torch.device, *, rounds: 
     function = comparison.sides[side]
     try:
         inputs = comparison.make(comparison.num_rows)
-        run = _forward_and_backward(function, inputs)
+        run = _once(function, inputs) if comparison.in_place else _forward_and_backward(function, inputs)
         run()
         row.peak_extra_bytes = _peak_extra_bytes(run, inputs, device)
         row.milliseconds = milliseconds(run, device, rounds=rounds)
@@ -104,6 +106,14 @@ def _forward_and_backward(function: Callable[..., Any], inputs: tuple[Tensor, ..
     return run
 
 
+def _once(function: Callable[..., Any], inputs: tuple[Tensor, ...]) -> Callable[[], tuple[Tensor, ...]]:
+    def run() -> tuple[Tensor, ...]:
+        function(*inputs)
+        return ()
+
+    return run
+
+
 def _as_tuple(result: Any) -> tuple[Tensor, ...]:
     return result if isinstance(result, tuple) else (result,)
 
@@ -144,9 +154,11 @@ def _error(function: Callable[..., Any], comparison: Comparison) -> float:
     inputs = comparison.make(min(comparison.num_rows, ROWS_OF_ERROR))
     exact_inputs = tuple(value.detach().double().requires_grad_() for value in inputs)
     result, exact = function(*inputs), comparison.exact(*exact_inputs)
-    upstream = _upstream(result)
-    gradients = torch.autograd.grad(_as_tuple(result), inputs, upstream)
-    exact_gradients = torch.autograd.grad(_as_tuple(exact), exact_inputs, tuple(part.double() for part in upstream))
-    pairs = [*zip(_as_tuple(result), _as_tuple(exact), strict=True), *zip(gradients, exact_gradients, strict=True)]
+    pairs = [*zip(_as_tuple(result), _as_tuple(exact), strict=True)]
+    if not comparison.in_place:
+        upstream = _upstream(result)
+        gradients = torch.autograd.grad(_as_tuple(result), inputs, upstream)
+        exact_gradients = torch.autograd.grad(_as_tuple(exact), exact_inputs, tuple(part.double() for part in upstream))
+        pairs += zip(gradients, exact_gradients, strict=True)
     differences = [(ours.double() - theirs).abs().max() / theirs.abs().max() for ours, theirs in pairs]
     return torch.stack(differences).max().item()

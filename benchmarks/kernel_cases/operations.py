@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from benchmarks.kernel_cases.comparison import Comparison
+from megalm.kernels.adamw.oracle import TorchAdamW
 from megalm.kernels.bias_gelu import eager, jit
 from megalm.kernels.bias_gelu.gated import bias_glu
 from megalm.kernels.cross_entropy.torch_rows import TorchRows
@@ -56,6 +57,8 @@ def comparisons(device: torch.device) -> Iterator[Comparison]:
     yield _gated(device, rows, 5440 if gpu else 512)
     yield _dropout_add(device, rows, 2048 if gpu else 128)
     yield _softmax(device, *((4, 16, 1024) if gpu else (2, 4, 128)))
+    for clips in (False, True):
+        yield _adamw(device, 2**28 if gpu else 2**20, clips=clips)
     yield _rotary(device, *((4, 16, 2048, 128) if gpu else (2, 4, 128, 32)))
 
 
@@ -269,6 +272,43 @@ def _dropout_add(device: torch.device, rows: int, width: int) -> Comparison:
     sides |= _compiled(functools.partial(dropped, dropout_oracle.bias_dropout_add), device)
     moved = _passes(5, device, rows, width)  # 2 read and 1 written; 1 read and 1 written.
     return Comparison("bias + dropout + add", f"{rows} x {width}", rows, make, sides, None, moved_bytes=moved)
+
+
+def _adamw(device: torch.device, size: int, *, clips: bool) -> Comparison:
+    """fp32 masters, moments and sums and bf16 weights, on CPUs too. After the first round the sums are 0."""
+    options: dict[str, Any] = {"lr": 1e-4, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
+    factor = torch.full((), 2.0, device=device) if clips else None
+
+    def make(num_elements: int) -> tuple[Tensor, ...]:
+        generator = torch.Generator(device).manual_seed(0)
+        master, gradient, mean, square = (
+            torch.randn(num_elements, generator=generator, device=device) for _ in range(4)
+        )
+        return master, gradient, master.bfloat16(), torch.full((), 10.0, device=device), mean, square.square_()
+
+    def updated(kernel: Any, *inputs: Tensor) -> tuple[Tensor, ...]:
+        master, gradient, weight, step, mean, square = inputs
+        moments = {"exp_avg": mean, "exp_avg_sq": square}
+        kernel.update_(master, gradient, weight, step=step, **moments, **options, factor=factor)
+        return master, mean, square
+
+    def written_out(master: Tensor, gradient: Tensor, _: Tensor, step: Tensor, *moments: Tensor) -> tuple[Tensor, ...]:
+        g = gradient if factor is None else gradient / factor
+        terms = zip(options["betas"], moments, (g, g * g), strict=True)
+        mean, square = (beta * moment + (1 - beta) * term for beta, moment, term in terms)
+        corrected, corrected_square = (
+            moment / (1 - beta ** (step + 1)) for beta, moment in zip(options["betas"], (mean, square), strict=True)
+        )
+        change = options["lr"] * corrected / (corrected_square.sqrt() + options["eps"])
+        return (1 - options["lr"] * options["weight_decay"]) * master - change, mean, square
+
+    sides: Sides = {
+        side: functools.partial(updated, kernel())
+        for side, kernel in _triton(device, "adamw.triton_adamw", "TritonAdamW").items()
+    }
+    sides["torch fused + copy + zero_"] = functools.partial(updated, TorchAdamW())
+    name, shape = "AdamW, clipping" if clips else "AdamW", f"{size} parameters"
+    return Comparison(name, shape, size, make, sides, written_out, moved_bytes=34.0 * size, in_place=True)
 
 
 def _softmax(device: torch.device, batch: int, heads: int, keys: int) -> Comparison:

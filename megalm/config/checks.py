@@ -61,8 +61,7 @@ def static_failures(config: Config) -> list[Failure]:
     """The failures that can be told without processes, device or tokenizer."""
     checks: tuple[Check, ...] = (
         _ranges, _shape, _positions, _pipeline, _zero, _duration, _skipped, _schedule, _ramp_up, _precision,
-        _gelu_linear, _corpora,
-        _tokenizer, _checkpoints, _profile, deepspeed_failures,
+        _gelu_linear, _update, _corpora, _tokenizer, _checkpoints, _profile, deepspeed_failures,
     )  # fmt: skip
     return [failure for one in checks for failure in one(config)]
 
@@ -298,6 +297,16 @@ def _gelu_linear(config: Config) -> Iterator[Failure]:
                 origins(config, "output.gelu_linear", path),
                 "--gelu-linear-kernel separate works with all",
             )
+
+
+def _update(config: Config) -> Iterator[Failure]:
+    dtype, stage = config.training.dtype, config.parallel.zero_stage
+    if config.output.adamw == "triton" and (dtype != "bf16" or stage > 1):
+        yield Failure(
+            f"output.adamw = triton updates bf16 weights with ZeRO-0 or 1, not {dtype} with ZeRO-{stage}",
+            origins(config, "output.adamw", "training.dtype", "parallel.zero_stage"),
+            "--bf16 and --zero-stage 0 or 1, or --adamw-kernel torch",
+        )
 
 
 def _corpora(config: Config) -> Iterator[Failure]:

@@ -159,4 +159,5 @@ TARGETS = (
     takes("--gelu-linear-kernel", "output.gelu_linear"),
     takes("--head-kernel", "output.head"),
     takes("--dropout-add-kernel", "output.dropout_add"),
+    takes("--adamw-kernel", "output.adamw"),
 )

@@ -87,6 +87,12 @@ class OutputConfig:
         "auto",
         doc="Bias, dropout and addition to the residual stream: auto, torch, triton (Philox, no mask in memory).",
     )
+    adamw: str = option(
+        "auto",
+        doc="AdamW in bf16 with ZeRO-0 or 1: auto, torch, triton (one pass over weights, moments and sums; GPUs). auto "
+        "takes torch.",
+        choices=("auto", "torch", "triton"),
+    )
     head: str = option(
         "auto",
         doc="Head and cross-entropy: auto, reference (the logits of all tokens in memory), chunked (some tokens at a "

@@ -10,6 +10,7 @@ import torch
 
 from megalm.errors import KernelError
 from megalm.kernels import self_check
+from megalm.kernels.adamw.oracle import TorchAdamW
 from megalm.kernels.attention.baddbmm import BaddbmmAttention
 from megalm.kernels.attention.sdpa import SdpaAttention
 from megalm.kernels.attention.suitability import (
@@ -115,6 +116,12 @@ def _triton_gradient_sum() -> Any:
     return TritonGradientSum()
 
 
+def _triton_adamw() -> Any:
+    from megalm.kernels.adamw.triton_adamw import TritonAdamW
+
+    return TritonAdamW()
+
+
 _CANDIDATES: dict[str, dict[str, _Candidate]] = {
     "attention": {
         "baddbmm": _Candidate(BaddbmmAttention, _no_obstacle),
@@ -158,6 +165,10 @@ _CANDIDATES: dict[str, dict[str, _Candidate]] = {
         "torch": _Candidate(TorchGradientSum, _no_obstacle),
         "triton": _Candidate(_triton_gradient_sum, _triton_obstacle),
     },
+    "adamw": {
+        "torch": _Candidate(TorchAdamW, _no_obstacle),
+        "triton": _Candidate(_triton_adamw, _triton_obstacle),
+    },
     "linear": {
         "torch": _Candidate(TorchLinear, _no_obstacle),
         "onednn": _Candidate(onednn.OneDnnLinear, onednn.obstacle),
@@ -178,6 +189,7 @@ RUNS_EVERYWHERE = {
     "dropout_add": "torch",
     "head": "chunked",
     "gradient_sum": "torch",
+    "adamw": "torch",
     "linear": "torch",
 }
 """What an operation takes where the best that there is does not run, or not on every rank."""
@@ -274,6 +286,8 @@ def _preference(
                 "the logits of all tokens are never in memory, those of some become their gradient in one pass",
             )
         return "chunked", "the logits of all tokens are never in memory"
+    if operation == "adamw":
+        return "torch", "torch's fused AdamW; triton's one pass is taken by name until it has been measured"
     if operation == "attention":
         return preferred_core(device, use)
     on_gpu = _triton_obstacle(device) is None

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megalm.kernels.adamw.oracle import TorchAdamW
 from megalm.kernels.alibi import alibi_slopes
 from megalm.kernels.attention.baddbmm import BaddbmmAttention
 from megalm.kernels.attention.suitability import AttentionUse
@@ -237,6 +238,24 @@ def _gradient_sum(kernel: Any, draw: Draw, demand: Demand) -> Comparison:
     return [("sum", ours, theirs)]
 
 
+def _adamw(kernel: Any, draw: Draw, demand: Demand) -> Comparison:
+    """The second of two updates, clipped, with moments and rounded weights."""
+    size = draw.num_rows(512) * 512 - 3
+    master, first, second = (draw(size).float() for _ in range(3))
+    factor = torch.full((), 4.0, device=draw.device)
+    found = []
+    for one in (kernel, TorchAdamW()):
+        p, weight, step = master.clone(), torch.empty_like(master, dtype=torch.bfloat16), torch.zeros_like(factor)
+        moments = {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
+        for gradient, scale in ((first.clone(), None), (second.clone(), factor)):
+            one.update_(
+                p, gradient, weight, step=step, **moments,
+                lr=0.1, betas=(0.9, 0.95), eps=EPSILON, weight_decay=0.1, factor=scale,
+            )  # fmt: skip
+        found.append((p - master, weight, gradient, step, *moments.values()))
+    return [(f"part {at}", got, wanted) for at, (got, wanted) in enumerate(zip(*found, strict=True))]
+
+
 def _dropout_add(kernel: Any, draw: Draw, demand: Demand) -> Comparison:
     """Without dropout; and with it, by what is kept of ones, as every kernel draws numbers of its own."""
     h = demand.hidden_size
@@ -274,6 +293,7 @@ _CHECKS: dict[str, Check] = {
     "glu": _glu,
     "head": _head,
     "gradient_sum": _gradient_sum,
+    "adamw": _adamw,
     "dropout_add": _dropout_add,
 }
 

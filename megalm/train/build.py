@@ -26,7 +26,6 @@ from megalm.data.order_digest import order_digest
 from megalm.data.source import SampleSource
 from megalm.errors import ConfigError, DataError, DeviceMemoryError, MegalmError
 from megalm.kernels.backend import RUNS_EVERYWHERE, Choice, choose
-from megalm.kernels.gradient_sum.protocol import GradientSumKernel
 from megalm.models.blocks.arrangement import Spread
 from megalm.models.flops import flops_per_token, parameter_count
 from megalm.models.gpt.build import build_model, build_pipeline, choose_kernels, pipeline_stages, plan_gpt
@@ -282,9 +281,11 @@ def _stages(plan: Plan) -> list[range]:
         operation: RUNS_EVERYWHERE[operation] if name == "auto" else name
         for operation, name in _requested_kernels(config).items()
     }
+    device = torch.device(device_type())
+    choose("adamw", config.output.adamw, device)
     kernels, _ = choose_kernels(
         config.model,
-        device=torch.device(device_type()),
+        device=device,
         dtype=TORCH_DTYPES[config.training.dtype],
         documents=documents,
         **named,
@@ -311,12 +312,12 @@ def _build_engine(
     graph: Callable[[Any, GradientSums], MicroBatchGraph] | None,
 ) -> Engine:
     optimizer = build_optimizer(module, config.training, topology=topology, engine_clips=engine_clips(config))
-    gradient_sum = None
+    kernels: dict[str, Any] = {}
     if config.training.dtype == "bf16" and effective_zero_stage(config) == 1:
-        gradient_sum = _choose_gradient_sum(config.model.hidden_size, topology, console)
+        kernels = _choose_update_kernels(config, topology, console)
     settings = deepspeed_json(config, dp_size=topology.dp.size)
     try:
-        return build_engine(module, optimizer, settings, topology, gradient_sum=gradient_sum, graph=graph)
+        return build_engine(module, optimizer, settings, topology, **kernels, graph=graph)
     except (MegalmError, torch.OutOfMemoryError, torch.distributed.DistError):
         raise
     except Exception as error:  # It raises its own, RuntimeError, ValueError and AssertionError.
@@ -330,13 +331,19 @@ def _build_engine(
         ) from error
 
 
-def _choose_gradient_sum(hidden_size: int, topology: Topology, console: Console) -> GradientSumKernel:
-    def choose_it(names: Mapping[str, str]) -> tuple[GradientSumKernel, dict[str, Choice]]:
-        choice = choose("gradient_sum", names["gradient_sum"], topology.device, hidden_size=hidden_size)
-        return choice.implementation, {"gradient_sum": choice}
+def _choose_update_kernels(config: Config, topology: Topology, console: Console) -> dict[str, Any]:
+    """What adds bf16 gradients to their fp32 sums, and what updates with those, by the operations' names."""
 
-    kernel, _ = choose_on_all_ranks({"gradient_sum": "auto"}, choose_it, topology=topology, console=console)
-    return kernel
+    def choose_them(names: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, Choice]]:
+        choices = {
+            operation: choose(operation, name, topology.device, hidden_size=config.model.hidden_size)
+            for operation, name in names.items()
+        }
+        return {operation: choice.implementation for operation, choice in choices.items()}, choices
+
+    requested = {"gradient_sum": "auto", "adamw": config.output.adamw}
+    kernels, _ = choose_on_all_ranks(requested, choose_them, topology=topology, console=console)
+    return kernels
 
 
 def _open_datasets(plan: Plan, *, verifies: bool, log: Callable[[str], None]) -> Datasets:

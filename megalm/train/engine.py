@@ -21,6 +21,7 @@ from torch import nn
 from megalm.config.deepspeed_json import NEVER
 from megalm.data.batches import Batch
 from megalm.errors import ConfigError, DivergedError
+from megalm.kernels.adamw.protocol import AdamWKernel
 from megalm.kernels.gradient_sum.oracle import TorchGradientSum
 from megalm.kernels.gradient_sum.protocol import GradientSumKernel
 from megalm.topology.agree import exchange
@@ -178,11 +179,13 @@ def build_engine(
     topology: Topology,
     *,
     gradient_sum: GradientSumKernel | None = None,
+    adamw: AdamWKernel | None = None,
     graph: Callable[[Any, GradientSums], MicroBatchGraph] | None = None,
 ) -> Engine:
     """Wrap a PipelineModule, or a plain module of one stage, in the engine that fits it.
 
-    `gradient_sum` adds 16-bit gradients to fp32 sums where DeepSpeed keeps those for the whole model; torch by default.
+    `gradient_sum` adds 16-bit gradients to fp32 sums where DeepSpeed keeps those for the whole model, and `adamw`
+    updates with them; torch by default.
     `graph` makes one graph of a micro-batch that adds to those sums, on one stage.
     Raises: ConfigError if DeepSpeed does not take a key or a value of `deepspeed_config`.
     """
@@ -209,6 +212,7 @@ def build_engine(
             raw.optimizer,
             optimizer,
             gradient_sum or TorchGradientSum(),
+            adamw=adamw,
             replicas=topology.dp,
             counts=functools.partial(is_counted_here, topology=topology),
         )

@@ -16,8 +16,10 @@ import torch
 import torch.distributed
 from torch import Tensor, nn
 
+from megalm.kernels.adamw.oracle import TorchAdamW
+from megalm.kernels.adamw.protocol import AdamWKernel
 from megalm.kernels.gradient_sum.protocol import GradientSumKernel
-from megalm.parallel.collectives import reduce_scatter_into
+from megalm.parallel.collectives import all_gather_into, reduce_scatter_into
 from megalm.parallel.gradient_sum import GradientSum, adds_gradients, give_gradient_sum
 from megalm.topology.group import SOLO, Group
 from megalm.train.optimizer import AdamW, is_tied_copy
@@ -49,6 +51,8 @@ class GradientSums:
         """Of those, the parameters that the norm is of."""
         self._not_counted: list[Tensor] = []
         """Of those, the others, which must be finite all the same."""
+        self._elsewhere: list[Tensor] = []
+        """Of each group's sums, what other replicas update with."""
         adding = _adding_to_aligned_sums(owner)
         for group, parameters in enumerate(owner.bf16_groups):
             if parameters and all(parameter.dim() < 2 for parameter in parameters):
@@ -63,6 +67,7 @@ class GradientSums:
             size = flat.numel() // replicas.size
             own = range(replicas.rank * size, (replicas.rank + 1) * size)
             self._own.append(flat[own.start : own.stop])
+            self._elsewhere += [part for part in (flat[: own.start], flat[own.stop :]) if part.numel()]
             for run in _runs(parameters, counts, own):
                 self._counted += flat[run.start : run.stop].split(MOST_IN_A_NORM)
             for run in _runs(parameters, lambda parameter: not (counts(parameter) or is_tied_copy(parameter)), own):
@@ -116,6 +121,11 @@ class GradientSums:
             torch.distributed.all_reduce(norms, group=self._replicas.handle)
             norms = norms.sqrt()
         return norms
+
+    def clear_elsewhere(self) -> None:
+        """Clear what other replicas update with; the update clears this one's part."""
+        if self._elsewhere:
+            torch._foreach_zero_(self._elsewhere)
 
     def forget_waiting(self) -> None:
         """Leave out what still waits: it was never computed."""
@@ -172,10 +182,12 @@ def take_over_sums(
     optimizer: torch.optim.Optimizer,
     kernel: GradientSumKernel,
     *,
+    adamw: AdamWKernel | None = None,
     replicas: Group = SOLO,
     counts: Callable[[nn.Parameter], bool] = lambda _: True,
 ) -> GradientSums:
-    """Have `GradientSums` add up and measure a BF16_Optimizer's gradients, and `optimizer`, inside it, clip them."""
+    """Have `GradientSums` add up and measure a BF16_Optimizer's gradients, and `optimizer`, inside it, clip them and
+    write the 16-bit weights, by `adamw`."""
     sums = GradientSums(owner, kernel, replicas=replicas, counts=counts)
     read, read_for_norm = owner.get_grads_for_reduction, owner.get_grads_for_norm
 
@@ -200,4 +212,31 @@ def take_over_sums(
     owner.get_grads_for_norm = get_grads_for_norm
     if isinstance(optimizer, AdamW):
         optimizer.norm_from_engine = lambda: owner._global_grad_norm
+        _write_weights_in_update(owner, optimizer, adamw or TorchAdamW(), sums=sums, replicas=replicas)
     return sums
+
+
+def _write_weights_in_update(
+    owner: Any, optimizer: AdamW, kernel: AdamWKernel, *, sums: GradientSums, replicas: Group
+) -> None:
+    """Have the update write this replica's 16-bit weights and clear its sums, and leave a BF16_Optimizer those of the
+    other replicas, and what it does where there was no update."""
+    copy_and_gather, clear = owner.update_lp_params, owner.clear_hp_grads
+
+    def update_lp_params() -> None:
+        if not optimizer.wrote_weights:  # A checkpoint was loaded.
+            copy_and_gather()
+        elif replicas.size > 1:
+            for flat, own in zip(owner.bf16_groups_flat, optimizer.weights, strict=True):
+                all_gather_into(flat, own, group=replicas.handle)
+
+    def clear_hp_grads() -> None:
+        if not optimizer.wrote_weights:  # The update was left out.
+            clear()
+            return
+        sums.clear_elsewhere()
+        optimizer.wrote_weights = False
+
+    optimizer.kernel = kernel
+    optimizer.weights = [partitions[replicas.rank] for partitions in owner.bf16_partitioned_groups]
+    owner.update_lp_params, owner.clear_hp_grads = update_lp_params, clear_hp_grads

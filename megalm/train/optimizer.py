@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 import torch.distributed
-from torch import nn
+from torch import Tensor, nn
 
 from megalm.config.training import TrainingConfig
+from megalm.kernels.adamw.protocol import AdamWKernel
 from megalm.topology.topology import Topology
 
 
@@ -67,6 +68,12 @@ class AdamW(PlainAdamW):
         self.overflow = False
         self.norm_from_engine: Callable[[], torch.Tensor] | None = None
         """Where DeepSpeed has measured the norm before it calls `step`, and left out steps that are not finite."""
+        self.kernel: AdamWKernel | None = None
+        """What updates each group's one flat fp32 master, writes its 16-bit weights and clears its gradient."""
+        self.weights: list[Tensor] = []
+        """Where `kernel` writes those of each group."""
+        self.wrote_weights = False
+        """Whether it has, and the owner of the gradients has not taken note of it yet."""
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> Any:
@@ -82,7 +89,24 @@ class AdamW(PlainAdamW):
         # The fused update divides every gradient as it reads it, so that clipping is no pass of its own.
         clips = self._clip_grad > 0 and self._global_grad_norm > self._clip_grad
         self.grad_scale = ((norm + 1e-6) / self._clip_grad).float() if clips else None
-        return super().step(closure)
+        if self.kernel is None:
+            return super().step(closure)
+        for group, weight in zip(self.param_groups, self.weights, strict=True):
+            (master,) = group["params"]
+            self.kernel.update_(
+                master, master.grad, weight, **self._state_of(master), factor=self.grad_scale,
+                **{name: group[name] for name in ("lr", "betas", "eps", "weight_decay")},
+            )  # fmt: skip
+        self.wrote_weights = True
+        return None
+
+    def _state_of(self, master: nn.Parameter) -> dict[str, Any]:
+        """What torch's fused AdamW keeps of a parameter, begun as it does."""
+        state: dict[str, Any] = self.state[master]
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32, device=master.device)
+            state.update({name: torch.zeros_like(master) for name in ("exp_avg", "exp_avg_sq")})
+        return state
 
     def _norm(self) -> torch.Tensor:
         """2-norm over every parameter of the model, each counted once, and not finite where any gradient on any rank is

@@ -208,10 +208,14 @@ def test_what_no_stage_or_processor_can_take_is_found(tmp_path: Path) -> None:
     patterns = {"head": "type:unchanged", "embedding": "type:sequence_first|embeddingpipe|layernorm"}
     lines = {name: [*data, "--pp-partition-method", pattern] for name, pattern in patterns.items()}
     lines["kernel"] = [*data, "--attention-kernel", "triton"]
+    lines["update"] = [*data, "--adamw-kernel", "triton", "--bf16"]
+    lines["update in fp32"] = [*data, "--adamw-kernel", "triton"]
     (_, report, _), *_ = run_ranks(run_and_hear, 3, data)
     assert "stages      of 4, 1, 5 layers" in report, report
     outcomes = run_ranks(run_each, 3, lines)[0]
-    assert {name: code for name, (code, _) in outcomes.items()} == {"head": 2, "embedding": 2, "kernel": 4}
+    codes = {name: code for name, (code, _) in outcomes.items()}
+    assert codes == {"head": 2, "embedding": 2, "kernel": 4, "update": 4, "update in fp32": 2}
+    assert "output.adamw = 'triton' cannot run on cpu" in outcomes["update"][1]
     assert "leaves the last stage without the head: 3 stages of" in outcomes["head"][1]
     assert "leaves the first stage without the embedding" in outcomes["embedding"][1]
     assert "'triton' cannot run on cpu" in outcomes["kernel"][1]

@@ -49,6 +49,18 @@ def test_the_loss_falls(dtype: str, tmp_path: Path) -> None:
     assert (records[-1]["loss_scale"] is not None) == (dtype == "fp16")
 
 
+def test_the_loss_falls_with_the_update_in_one_pass_as_with_torchs(tmp_path: Path) -> None:
+    losses = []
+    for name in ("torch", "triton"):
+        folder = tmp_path / name
+        folder.mkdir()
+        ended = _run(folder, "--bf16", "--adamw-kernel", name)
+        assert ended.code == 0, ended.output
+        losses.append([record["loss"] for record in _records(folder)])
+    assert losses[0][0] == losses[1][0]  # before the first update
+    assert losses[1][-1] < losses[1][0] - 0.5
+
+
 def test_an_overflow_of_fp16_skips_the_update_and_halves_the_scale(tmp_path: Path) -> None:
     ended = _run(tmp_path, "--fp16", "--hysteresis", "1", "training.initial_loss_scale=4294967296")
     assert ended.code == 0, ended.output

@@ -48,7 +48,9 @@ def tiny_config(*, tp: int = 1, pp: int = 1, zero_stage: int = 0, dtype: str = "
 class TinyRun:
     """An engine over a tiny model, on this rank. Every construction starts afresh in the same process group."""
 
-    def __init__(self, config: Config, *, topology: Topology | None = None, graph: Any = None) -> None:
+    def __init__(
+        self, config: Config, *, topology: Topology | None = None, graph: Any = None, adamw: Any = None
+    ) -> None:
         parallel = config.parallel
         self.config = config
         self.topology = topology or start(Launch.from_environment(), tp=parallel.tp, pp=parallel.pp)
@@ -61,7 +63,7 @@ class TinyRun:
             module = build_pipeline(plan, layout=top.layout, partition=parallel.pipeline_partition, seed=1)
         optimizer = build_optimizer(module, config.training, topology=top, engine_clips=engine_clips(config))
         settings = deepspeed_json(config, dp_size=top.dp.size)
-        self.engine: Engine = build_engine(module, optimizer, settings, top, graph=graph)
+        self.engine: Engine = build_engine(module, optimizer, settings, top, graph=graph, adamw=adamw)
 
     def train(self, first: int, last: int) -> list[str]:
         """Losses of steps `first` to `last` - 1, in hexadecimal. The data of a step depends on its number alone."""

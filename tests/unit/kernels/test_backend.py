@@ -13,7 +13,7 @@ from megalm.kernels.bias_gelu import jit
 from tests.support.triton_device import INSTALLED
 
 CPU = torch.device("cpu")
-OPERATIONS = ["attention", "layer_norm", "bias_gelu", "head", "dropout_add"]
+OPERATIONS = ["attention", "layer_norm", "bias_gelu", "head", "dropout_add", "adamw"]
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
@@ -39,6 +39,7 @@ def test_auto_names_its_pick_and_the_reason(operation: str) -> None:
         ("head", "chunked"),
         ("linear", "fp32"),
         ("dropout_add", "torch"),
+        ("adamw", "torch"),
     ],
 )
 def test_named_implementation_is_taken(operation: str, name: str) -> None:
@@ -61,7 +62,9 @@ def test_named_jit_is_refused_and_auto_avoids_it_where_scripting_fails(monkeypat
     assert "no TorchScript" in gpu_choice.reason
 
 
-@pytest.mark.parametrize("operation", ["layer_norm", "bias_gelu", "glu", "head", "dropout_add", "gradient_sum"])
+@pytest.mark.parametrize(
+    "operation", ["layer_norm", "bias_gelu", "glu", "head", "dropout_add", "gradient_sum", "adamw"]
+)
 def test_triton_by_name_is_refused_on_a_cpu_and_where_it_is_not_installed(
     operation: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -91,6 +94,11 @@ def test_auto_fuses_dropout_only_where_something_is_dropped(monkeypatch: pytest.
     picks = {drops: backend.choose("dropout_add", "auto", torch.device("cuda"), drops=drops).name for drops in (0, 1)}
     assert picks == {0: "torch", 1: "triton"}
     assert backend.choose("dropout_add", "auto", CPU, drops=True).name == "torch"
+
+
+def test_auto_leaves_the_update_to_torch_everywhere() -> None:
+    picks = {device: backend.choose("adamw", "auto", torch.device(device)).name for device in ("cpu", "cuda")}
+    assert picks == {"cpu": "torch", "cuda": "torch"}
 
 
 def test_only_tritons_layer_norm_brings_the_addition_along() -> None:

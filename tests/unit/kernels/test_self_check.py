@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from megalm.kernels import backend, self_check
+from megalm.kernels.adamw.oracle import TorchAdamW
 from megalm.kernels.attention.baddbmm import BaddbmmAttention
 from megalm.kernels.attention.suitability import AttentionUse
 from megalm.kernels.backend import choose
@@ -33,6 +34,7 @@ BY_OPERATION = {
     "glu": [Demand(gate=gate) for gate in ("geglu", "swiglu", "reglu", "liglu")],
     "dropout_add": [Demand(hidden_size=96), DROPPED],
     "head": [Demand(hidden_size=96), Demand(torch.float16)],
+    "adamw": [Demand()],
     "gradient_sum": [Demand(), Demand(torch.bfloat16, hidden_size=96)],
 }
 
@@ -96,6 +98,13 @@ class AddsNothingWhereItDrops:
         return residual + whole + (torch.nn.functional.dropout(whole, prob, training) - whole).detach()
 
 
+class LeavesTheFactor(TorchAdamW):
+    """An update that does not clip."""
+
+    def update_(self, master: Tensor, gradient: Tensor, weight: Tensor, **options: Any) -> None:
+        super().update_(master, gradient, weight, **{**options, "factor": None})
+
+
 def raises(*_: Any) -> Tensor:
     raise RuntimeError("no kernel image is available\nfor execution on the device")
 
@@ -114,8 +123,22 @@ def raises(*_: Any) -> Tensor:
         ("glu", lambda gate: torch_glu("reglu"), Demand(), "differs from the reference by"),
         ("glu", lambda gate: torch_glu("swiglu"), Demand(gate="geglu"), "differs from the reference by"),
         ("dropout_add", AddsNothingWhereItDrops(), DROPPED, "gradient 0 differs from the reference by"),
+        ("adamw", LeavesTheFactor(), Demand(), "part 0 differs from the reference by"),
     ],
-    ids=["scale", "mask", "label", "weights", "factors", "gradient", "raises", "nan", "gate", "this gate", "dropped"],
+    ids=[
+        "scale",
+        "mask",
+        "label",
+        "weights",
+        "factors",
+        "gradient",
+        "raises",
+        "nan",
+        "gate",
+        "this gate",
+        "dropped",
+        "clipping",
+    ],
 )
 def test_a_wrong_kernel_fails_with_what_is_wrong(operation: str, kernel: Any, demand: Demand, said: str) -> None:
     assert said in str(self_check.failure(operation, kernel, CPU, demand=demand))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,6 +11,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from megalm.kernels import triton_sums
+from megalm.kernels.adamw import triton_adamw
 from megalm.kernels.attention import triton_forward, triton_launch
 from megalm.kernels.bias_gelu import triton_activation as activation
 from megalm.kernels.cross_entropy import triton_rows
@@ -46,10 +48,10 @@ NUMBERS = {
     "stride_batch", "stride_head", "stride_position", "num_parts", "num_blocks",
     "width", "stride_b", "stride_n", "stride_s",
 }  # fmt: skip
-FRACTIONS = {"z_loss", "eps", "scale", "sign"}
+FRACTIONS = {"z_loss", "eps", "scale", "sign", "lr"}
 WIDE = {
     "peaks", "totals", "log_sums", "means", "scales", "partial", "factor", "angles", "peak", "total", "guesses",
-    "targets", "factors", "parts", "norms",
+    "targets", "factors", "parts", "norms", "master", "exp_avg", "exp_avg_sq", "step", "scalars",
 }  # fmt: skip
 
 
@@ -120,6 +122,12 @@ def launches() -> Iterator[Launch]:
     yield Launch("gradient sum", triton_sum.gradient_sum_add, constants, triton_sum.NUM_WARPS)
     constants = {"ROWS": triton_sum.ROWS_AT_ONCE, "BLOCK": triton_sum.MOST_COLUMNS, "total": "fp32"}
     yield Launch("gradient sum of rows", triton_sum.gradient_sum_add_rows, constants, triton_sum.MOST_COLUMNS // 256)
+    constants = {"LOG2_BETA1": math.log2(0.9), "LOG2_BETA2": math.log2(0.95)}
+    yield Launch("adamw step", triton_adamw.adamw_step, constants, 1, streams=False)
+    for divides in (False, True):
+        constants = {"SHARE1": 0.1, "SHARE2": 0.05, "EPS": 1e-8, "DECAY": 0.1, "BLOCK": triton_adamw.BLOCK}
+        constants |= {"DIVIDES": divides, "gradient": "fp32"}
+        yield Launch(f"adamw, clips {divides}", triton_adamw.adamw_update, constants, triton_adamw.NUM_WARPS)
     constants = {"PARTS": triton_sums.PARTS_AT_ONCE, "COLUMNS": triton_sums.COLUMNS}
     yield Launch("sum of parts", triton_sums.sum_of_parts, constants, triton_sums.NUM_WARPS, streams=False)
     for head_size in (64, 80, 96, 112, 128):

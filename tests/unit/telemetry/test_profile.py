@@ -27,6 +27,7 @@ from megalm.telemetry.profile import KernelTime, StepProfiler, family, share_tab
         ("gate_backward", "GELU and gates"),
         ("cross_entropy_gradient", "head and cross-entropy"),
         ("gradient_sum_add_rows", "gradient sums"),
+        ("adamw_update", "optimizer"),
         ("triton_red_fused_sum_3", "compiled regions"),
         ("void at::native::vectorized_elementwise_kernel<4>", "elementwise and reductions"),
         ("aten::mm", "matrix products"),

@@ -35,7 +35,24 @@ def test_table_has_times_rates_and_small_errors_and_can_be_drawn(
 
 def test_every_operation_of_the_model_is_compared() -> None:
     names = {comparison.operation for comparison in comparisons(CPU)}
-    assert {"head + cross-entropy", "LayerNorm", "bias + GELU", "bias + SwiGLU", "bias + dropout + add"} <= names
+    assert {
+        "head + cross-entropy",
+        "LayerNorm",
+        "bias + GELU",
+        "bias + SwiGLU",
+        "bias + dropout + add",
+        "AdamW",
+    } <= names
+
+
+def test_an_update_changes_its_inputs_and_has_no_gradient() -> None:
+    (comparison,) = (one for one in comparisons(CPU) if one.operation == "AdamW, clipping")
+    row = measure(comparison, "torch fused + copy + zero_", CPU, rounds=1)
+    assert row.failure == ""
+    assert row.milliseconds > 0
+    # fp32 arithmetic relative to the largest value.
+    assert row.error is not None
+    assert row.error < 1e-6
 
 
 def test_a_side_that_fails_says_why_and_one_that_is_wrong_shows_its_error() -> None:
