@@ -9,11 +9,16 @@ from __future__ import annotations
 import argparse
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megalm.program import program
+
+if TYPE_CHECKING:
+    from megalm.checkpoint.lineage import Tip
 
 KINDS = {
     "weights": re.compile(r"layer_.*|fp32\.pt"),
@@ -38,7 +43,8 @@ def parser() -> argparse.ArgumentParser:
 
 
 def describe(checkpoint: Path) -> None:
-    """Print step, layout, model and sizes."""
+    """Print step, layout, model, lineage and sizes."""
+    from megalm.checkpoint.lineage import KEY, Tip, lineage_in
     from megalm.checkpoint.source import open_checkpoint
     from megalm.models.gpt.weights import weight_table
 
@@ -51,7 +57,10 @@ def describe(checkpoint: Path) -> None:
         f"  model      {shape.num_layers} layers, hidden {shape.hidden_size}, {shape.block.num_heads} heads, "
         f"{shape.vocab_rows} rows of vocabulary, {sum(weight.numel for weight in weight_table(shape)):,} parameters"
     )
-    print(f"  progress   {', '.join(f'{name} {value}' for name, value in source.train_state.items())}")
+    progress = [f"{name} {value}" for name, value in source.train_state.items() if name != KEY]
+    print(f"  progress   {', '.join(progress)}")
+    for heading, line in lineage_lines(checkpoint, Tip(manifest.step, lineage_in(source.train_state))):
+        print(f"  {heading:<11}{line}")
     print(f"  versions   {', '.join(f'{name} {value}' for name, value in manifest.versions.items()) or 'unknown'}")
     sizes = dict.fromkeys(KINDS, 0)
     for path in checkpoint.rglob("*"):
@@ -60,6 +69,23 @@ def describe(checkpoint: Path) -> None:
         kind = next(kind for kind, pattern in KINDS.items() if pattern.fullmatch(path.name))
         sizes[kind] += path.stat().st_size
     print(f"  size       {', '.join(f'{kind} {size / 1e6:.2f} MB' for kind, size in sizes.items() if size)}")
+
+
+def lineage_lines(checkpoint: Path, tip: Tip) -> Iterator[tuple[str, str]]:
+    """(heading, text): the attempts of a run that was taken back, and which steps beside this one are not its own."""
+    from megalm.checkpoint.history import own_checkpoints
+    from megalm.checkpoint.lineage import describe
+    from megalm.checkpoint.retention import published_checkpoints
+
+    if tip.lineage:
+        yield "lineage", describe(tip.lineage)
+    published = published_checkpoints(checkpoint.parent)
+    if checkpoint not in [path for _, path in published]:
+        return
+    own = own_checkpoints(tip, published)
+    others = [path.name for step, path in published if path not in own and step <= tip.step]
+    if others:
+        yield "not of it", f"{', '.join(others)}: earlier steps that its run had left behind, or never had"
 
 
 def run(options: argparse.Namespace) -> int:

@@ -21,6 +21,7 @@ from megalm.checkpoint.durable import (
     write_text,
 )
 from megalm.checkpoint.identity import as_given, model_fields
+from megalm.checkpoint.lineage import lineage_in
 from megalm.checkpoint.manifest import Manifest
 from megalm.checkpoint.retention import Retention, remove_outdated
 from megalm.config.deepspeed_json import effective_zero_stage
@@ -61,6 +62,7 @@ class Draft:
             },
             model=model_fields(config),
             versions=versions(),
+            lineage=lineage_in(state),
         )
         state_text = json.dumps(dict(state), indent=1, allow_nan=False) + "\n"
         return cls(folder, manifest, state_text, config, retention)
@@ -101,7 +103,7 @@ class Draft:
         write_text(self.temporary / layout.MANIFEST, replace(self.manifest, files=files).to_json())
         publish_folder(self.temporary, self.final, replaced=self.folder / layout.replaced_folder(self.manifest.step))
         replace_text(self.folder / layout.LATEST, self.final.name)
-        return remove_outdated(self.folder, self.retention, newest=self.final)
+        return remove_outdated(self.folder, self.retention, newest=self.final, lineage=self.manifest.lineage)
 
     def discard(self) -> None:
         """Remove what was written; a disk that refuses even that keeps a folder that nothing reads."""

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from megalm.checkpoint import layout
 from megalm.checkpoint.bigscience import is_bigscience
+from megalm.checkpoint.history import own_checkpoints, read_lineages, read_tip
+from megalm.checkpoint.lineage import attempt_at
 from megalm.checkpoint.manifest import check_file_name, read_manifest, verify
 from megalm.checkpoint.retention import published_checkpoints
 from megalm.checkpoint.universal import is_universal
@@ -19,6 +21,16 @@ from megalm.topology.group import SOLO, Group
 Warn = Callable[[str], None]
 Progress = Callable[[int, int], None]
 """Called with the bytes of each block that is hashed, and those of the whole checkpoint."""
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """The checkpoints of a folder in the order they are tried, by their small files, and what is odd about it."""
+
+    paths: list[Path]
+    remarks: list[str]
+    left_behind: list[Path] = field(default_factory=list)
+    """What comes after `paths`: checkpoints that the run did not come by, as it was taken back."""
 
 
 @dataclass(frozen=True)
@@ -46,8 +58,8 @@ def find_checkpoint(
     progress: Progress | None = None,
     verified: Callable[[Verification], None] | None = None,
 ) -> Path:
-    """The checkpoint that `latest` names if every byte of it is right, else the newest valid one before it, with a
-    warning; one of a later step, which a run that was taken back has left, if there is no other.
+    """The checkpoint that `latest` names if every byte of it is right, else the newest valid one that its run came by,
+    with a warning; one that a run has left behind when it was taken back, if there is no other.
 
     With `step`, that checkpoint or an error. With `universal`, the one that `latest_universal` names, as without it
     where there is no `latest`. `folder` may also be one checkpoint's own folder. The ranks of `world` share the hashing
@@ -58,9 +70,9 @@ def find_checkpoint(
     here.
     """
     folder = Path(folder)
-    paths, remarks = exchange(candidates(folder, step, universal) if world.is_first else ([], []), world)[0]
-    rejected: list[str] = list(remarks)
-    for path in paths:
+    found = exchange(candidates(folder, step, universal) if world.is_first else Candidates([], []), world)[0]
+    rejected: list[str] = list(found.remarks)
+    for path in [*found.paths, *found.left_behind]:
         started = time.monotonic()
         problems, num_bytes = _problems(path, world, progress)
         if not problems:
@@ -69,7 +81,10 @@ def find_checkpoint(
             if rejected and world.is_first:
                 for remark in rejected:
                     warn(remark)
-                warn(f"continuing from {path}, the newest valid checkpoint")
+                which = "the newest valid checkpoint"
+                if path in found.left_behind:
+                    which = "of steps that the run had left behind: none that it came by is valid"
+                warn(f"continuing from {path}, {which}")
             if verified is not None:
                 verified(Verification(num_bytes, time.monotonic() - started))
             return path
@@ -83,54 +98,67 @@ def none_valid(folder: Path, remarks: list[str]) -> CheckpointError:
     return CheckpointError(f"no valid checkpoint in {folder}\n{details}  give the folder that a run saved to")
 
 
-def candidates(folder: Path, step: int | None, universal: bool) -> tuple[list[Path], list[str]]:
-    """The checkpoints of a folder in the order they are tried, by their names, and what is odd about it."""
+def candidates(folder: Path, step: int | None, universal: bool) -> Candidates:
+    """Which checkpoints of a folder are tried; reads of each its smallest file."""
     if not folder.is_dir():
-        return [], [f"{folder} is not a folder"]
+        return Candidates([], [f"{folder} is not a folder"])
     foreign = is_hugging_face(folder)
     if ((folder / layout.MANIFEST).is_file() and not foreign) or is_bigscience(folder) or is_universal(folder):
         if universal and not is_universal(folder):
-            return [], [f"{folder} is no universal checkpoint, as --universal-checkpoint asks"]
+            return Candidates([], [f"{folder} is no universal checkpoint, as --universal-checkpoint asks"])
         if step is not None and layout.parse_step(folder.resolve().name) != step:
-            return [], [f"{folder} is one checkpoint, and not that of step {step}"]
-        return [folder], []
+            return Candidates([], [f"{folder} is one checkpoint, and not that of step {step}"])
+        return Candidates([folder], [])
     latest = folder / layout.LATEST
     if step is None and (universal or not latest.exists()) and (folder / layout.LATEST_UNIVERSAL).is_file():
         return _named_universal(folder)
     published = [(n, path) for n, path in published_checkpoints(folder) if not universal or is_universal(path)]
     if not published and foreign:
-        return [], ["it is a Hugging Face folder, of which tools/import_hf.py makes a checkpoint"]
+        return Candidates([], ["it is a Hugging Face folder, of which tools/import_hf.py makes a checkpoint"])
     if step is not None:
         chosen = [path for number, path in published if number == step]
-        return chosen, [] if chosen else [f"there is no checkpoint of step {step}; there are {_steps(published)}"]
+        return Candidates(
+            chosen, [] if chosen else [f"there is no checkpoint of step {step}; there are {_steps(published)}"]
+        )
     if not published:
-        return [], [f"it holds no {'universal ' if universal else ''}checkpoint"]
-    newest_first = [path for _, path in published]
+        return Candidates([], [f"it holds no {'universal ' if universal else ''}checkpoint"])
     try:
         named = named_by(latest)
     except (OSError, ValueError) as error:
-        return newest_first, [f"{latest} cannot be read ({error})"]
-    if named not in newest_first:
-        return newest_first, [f"{latest} names {named.name}, which is not there"]
-    # Steps after the one that `latest` names are of a run that was taken back to it, or were never finished.
-    last = next(number for number, path in published if path == named)
-    before, after = (
-        [path for n, path in published if path != named and (n > last) is later] for later in (False, True)
+        return _from(_newest(published), published, [f"{latest} cannot be read ({error})"])
+    if not any(path == named for _, path in published):
+        return _from(_newest(published), published, [f"{latest} names {named.name}, which is not there"])
+    return _from(named, published, [])
+
+
+def _newest(published: list[tuple[int, Path]]) -> Path:
+    """The highest step of the attempt that began last: what is most likely to be the newest, where nothing says so."""
+    lineages = read_lineages([path for _, path in published])
+    attempts = [attempt_at(lineage, step) for lineage, (step, _) in zip(lineages, published, strict=True)]
+    return published[attempts.index(max(attempts))][1]
+
+
+def _from(newest: Path, published: list[tuple[int, Path]], remarks: list[str]) -> Candidates:
+    """The newest one of a run, those that it came by, and the rest, earlier steps than its own first."""
+    last = next(number for number, path in published if path == newest)
+    own = own_checkpoints(read_tip(newest, step=last), [entry for entry in published if entry[1] != newest])
+    rest = [entry for entry in published if entry[1] not in (newest, *own)]
+    return Candidates(
+        [newest, *own], remarks, left_behind=[path for _, path in sorted(rest, key=lambda entry: entry[0] > last)]
     )
-    return [named, *before, *after], []
 
 
-def _named_universal(folder: Path) -> tuple[list[Path], list[str]]:
+def _named_universal(folder: Path) -> Candidates:
     """The one that `latest_universal` names, by whatever name, then the other universal ones."""
     latest = folder / layout.LATEST_UNIVERSAL
     others = [path for _, path in published_checkpoints(folder) if is_universal(path)]
     try:
         named = named_by(latest)
     except (OSError, ValueError) as error:
-        return others, [f"{latest} cannot be read ({error})"]
+        return Candidates(others, [f"{latest} cannot be read ({error})"])
     if not is_universal(named):
-        return others, [f"{latest} names {named.name}, which is no universal checkpoint"]
-    return [named, *(path for path in others if path != named)], []
+        return Candidates(others, [f"{latest} names {named.name}, which is no universal checkpoint"])
+    return Candidates([named, *(path for path in others if path != named)], [])
 
 
 def named_by(latest: Path) -> Path:

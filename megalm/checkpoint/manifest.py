@@ -13,6 +13,7 @@ from typing import Any
 
 from megalm.checkpoint import layout
 from megalm.checkpoint.durable import FileRecord
+from megalm.checkpoint.lineage import KEY, Lineage, parse_lineage
 from megalm.errors import CheckpointError
 
 FORMAT = 1
@@ -31,6 +32,8 @@ class Manifest:
     model: Mapping[str, Any]
     versions: Mapping[str, str]
     files: tuple[FileRecord, ...] = field(default_factory=tuple)
+    lineage: Lineage | None = None
+    """As in train_state.json, which may be what is damaged."""
 
     def to_json(self) -> str:
         """The text of manifest.json, which ends with the hash of the rest: a manifest can be damaged as well."""
@@ -86,7 +89,7 @@ def _manifest_of(content: Any) -> Manifest:
             raise ValueError(f"{name} is no object")
     if content.get(_OWN_HASH) != _hash_of({name: value for name, value in content.items() if name != _OWN_HASH}):
         raise ValueError("it is not what was written (its own sha256 differs)")
-    return Manifest(step=step, files=tuple(records), **parts)
+    return Manifest(step=step, files=tuple(records), lineage=parse_lineage(content.get(KEY)), **parts)
 
 
 def _hash_of(content: Mapping[str, Any]) -> str:

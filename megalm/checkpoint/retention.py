@@ -7,6 +7,8 @@ from pathlib import Path
 
 from megalm.checkpoint import layout
 from megalm.checkpoint.durable import remove_folder
+from megalm.checkpoint.history import own_checkpoints
+from megalm.checkpoint.lineage import Lineage, Tip
 
 
 @dataclass(frozen=True)
@@ -35,24 +37,29 @@ def published_checkpoints(folder: Path) -> list[tuple[int, Path]]:
     return [(step, path) for step, _, path in sorted(found, key=lambda entry: entry[:2], reverse=True)]
 
 
-def remove_outdated(folder: Path, retention: Retention, *, newest: Path) -> tuple[tuple[Path, ...], tuple[str, ...]]:
+def remove_outdated(
+    folder: Path, retention: Retention, *, newest: Path, lineage: Lineage | None = None
+) -> tuple[tuple[Path, ...], tuple[str, ...]]:
     """Remove the checkpoints that need not stay: (what was removed, what could not be).
 
-    `newest` was just published and always stays, so the folder never loses its last valid checkpoint; of those before
-    it, the ones with the highest steps stay. Later steps, of a run that was taken back to an earlier one, do not count
-    and stay until they are replaced or passed. A folder that cannot be removed is no reason to stop a run.
+    `newest`, of `lineage`, was just published and always stays, so the folder never loses its last valid checkpoint; of
+    those that the run came by, the ones with the highest steps stay. What it left behind when it was taken back does
+    not count, and stays. A folder that cannot be removed is no reason to stop a run.
     """
     if retention.keep_last is None:
         return (), ()
     every, published = retention.keep_every, published_checkpoints(folder)
     last = max((step for step, path in published if path == newest), default=0)
     others = [
-        path
+        (step, path)
         for step, path in published
         if path != newest and step <= last and not (every is not None and step % every == 0)
     ]
+    num_kept = max(0, retention.keep_last - 1)
+    if len(others) <= num_kept:
+        return (), ()
     removed, problems = [], []
-    for path in others[max(0, retention.keep_last - 1) :]:
+    for path in own_checkpoints(Tip(last, lineage), others)[num_kept:]:
         try:
             remove_folder(path)
             removed.append(path)

@@ -20,6 +20,7 @@ from torch import Tensor
 from megalm.checkpoint import layout
 from megalm.checkpoint.bigscience import BigScienceCheckpoint
 from megalm.checkpoint.inert import read_with_stand_ins
+from megalm.checkpoint.lineage import KEY
 from megalm.checkpoint.manifest import Manifest, read_manifest
 from megalm.checkpoint.merge import LayerFiles
 from megalm.checkpoint.optimizer_files import MASTER, MOMENTS, LocalState, OptimizerFiles, Pieces, StateReader
@@ -92,13 +93,13 @@ def _pattern(weight: Weight, shape: GPTShape, *, pipelined: bool) -> str:
 
 
 def description(manifest: Manifest, train_state: dict[str, Any]) -> dict[str, Any]:
-    """The value of DESCRIPTION_KEY."""
+    """The value of DESCRIPTION_KEY; without the lineage, which no tensor depends on."""
     return {
         "step": manifest.step,
         "layout": dict(manifest.layout),
         "model": dict(manifest.model),
         "versions": dict(manifest.versions),
-        "train_state": dict(train_state),
+        "train_state": {name: value for name, value in train_state.items() if name != KEY},
     }
 
 

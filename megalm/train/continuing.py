@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
+from megalm.checkpoint.history import read_tip
 from megalm.checkpoint.identity import read_config
+from megalm.checkpoint.lineage import Lineage, Tip, new_attempt
 from megalm.checkpoint.retention import published_checkpoints
 from megalm.config.compare import Difference, differences
 from megalm.config.root import Config
@@ -106,6 +109,50 @@ def lies_in(checkpoint: Path, folder: Path) -> bool:
 
 def _same(one: Path, other: Path) -> bool:
     return one.resolve() == other.resolve()
+
+
+@dataclass(frozen=True)
+class Onward:
+    """What a run is to the checkpoints that lie in `--save`."""
+
+    lineage: Lineage = ()
+    """That of what it saves."""
+    later: tuple[str, ...] = ()
+    """Steps after the one that it goes on from, which it leaves behind."""
+    begins: str | None = None
+    """The attempt that begins with it, if it goes on from another step than the newest of its lineage."""
+
+    def __str__(self) -> str:
+        more = "" if len(self.later) <= 5 else f" and {len(self.later) - 5} more"
+        return (
+            f"later steps than the one gone on from: {', '.join(self.later[:5])}{more}; this run replaces those that "
+            "it saves too, and leaves the others behind: they stay, and --keep-last and --load pass over them"
+        )
+
+
+def onward(config: Config, loaded: Path | None, tip: Tip) -> Onward:
+    """How a run goes on from the checkpoint `loaded`, which is `tip`; None of all that lie there if none is valid.
+
+    Reads the lineages of later steps.
+    """
+    output, folder = config.output, _saved_to(config)
+    if output.finetune or output.reset_progress:
+        return Onward()  # It counts its own steps.
+    lineage = tip.lineage or ()
+    if folder is None or (loaded is not None and not lies_in(loaded, folder)):
+        return Onward(lineage)
+    later: list[tuple[int, Path]] = []
+    with contextlib.suppress(OSError):  # Of a folder that is not there or cannot be read whoever writes to it tells.
+        later = [(step, path) for step, path in published_checkpoints(folder) if loaded is None or step > tip.step]
+    names = tuple(path.name for _, path in later)
+    # One whose lineage cannot be read may be of this one.
+    tips = (read_tip(path, step=step) for step, path in later)
+    if loaded is not None and not any(after.has_behind(tip.step, lineage) for after in tips):
+        return Onward(lineage, names)
+    if not later:
+        return Onward(lineage)
+    attempt = new_attempt()
+    return Onward((*lineage, (attempt, 0 if loaded is None else tip.step + 1)), names, begins=attempt)
 
 
 def compare(

@@ -6,14 +6,16 @@ import os
 import shutil
 from pathlib import Path
 
+from megalm.checkpoint import layout
 from megalm.checkpoint.find import candidates, none_valid
+from megalm.checkpoint.history import read_tip
 from megalm.checkpoint.run_tokenizer import tokenizer_facts
 from megalm.config.deepspeed_json import deepspeed_json
 from megalm.config.root import Config
 from megalm.data.build import open_corpora
 from megalm.errors import CheckpointError
 from megalm.tokenizers.protocol import Tokenizer
-from megalm.train.continuing import check_save_folder, compare, or_afresh
+from megalm.train.continuing import check_save_folder, compare, onward, or_afresh
 from megalm.train.engine import check_deepspeed_keys
 
 BYTES_PER_PARAMETER = {"fp32": 12, "bf16": 14, "fp16": 14}
@@ -40,16 +42,22 @@ def look(config: Config, tokenizer: Tokenizer, *, num_parameters: int, dp_size: 
 
 def _checkpoint(config: Config, folder: Path) -> str:
     """The checkpoint that the run would try first, by its small files; its hashes are the run's to verify."""
-    paths, remarks = candidates(folder, None, config.output.universal_checkpoint)
-    if not paths:
+    found = candidates(folder, None, config.output.universal_checkpoint)
+    if not found.paths:
         if config.output.allow_fresh_start:
             check_save_folder(config, None)
             return f"nothing in {folder}: the run starts from step 0, as --allow-fresh-start says"
-        raise or_afresh(none_valid(folder, remarks))
-    check_save_folder(config, paths[0])
+        raise or_afresh(none_valid(folder, found.remarks))
+    path = found.paths[0]
+    check_save_folder(config, path)
     said: list[str] = []
-    compare(config, paths[0], info=said.append, warn=said.append)
-    return "; ".join([f"{paths[0]}, whose hashes are verified when it is loaded", *said])
+    compare(config, path, info=said.append, warn=said.append)
+    step = layout.parse_step(path.resolve().name.removesuffix(".old"))
+    if step is not None:
+        going = onward(config, path, read_tip(path, step=step))
+        said += [f"{config.output.save} holds {going}"] if going.later else []
+        said += [f"another attempt begins at step {step + 1}"] if going.begins else []
+    return "; ".join([f"{path}, whose hashes are verified when it is loaded", *said])
 
 
 def _room(folder: Path, checkpoint_bytes: int) -> str:

@@ -11,8 +11,9 @@ from pathlib import Path
 
 from megalm.checkpoint.background import BackgroundSaver
 from megalm.checkpoint.find import Verification, find_checkpoint
+from megalm.checkpoint.lineage import KEY as LINEAGE
+from megalm.checkpoint.lineage import Lineage, Tip, lineage_in
 from megalm.checkpoint.load import load_checkpoint
-from megalm.checkpoint.retention import published_checkpoints
 from megalm.checkpoint.save import SaveReport, save_checkpoint
 from megalm.config.compare import Difference
 from megalm.config.output import OutputConfig
@@ -20,9 +21,9 @@ from megalm.config.root import Config
 from megalm.errors import CheckpointError, ConfigError
 from megalm.parallel.random import RngStreams
 from megalm.telemetry.console import Console
-from megalm.topology.agree import together
+from megalm.topology.agree import exchange, together
 from megalm.topology.topology import Topology
-from megalm.train.continuing import check_save_folder, compare, lies_in, or_afresh
+from megalm.train.continuing import Onward, check_save_folder, compare, lies_in, onward, or_afresh
 from megalm.train.engine import Engine
 from megalm.train.state import TrainState
 
@@ -47,6 +48,8 @@ class Saver:
     """`order_digest` of the training samples."""
     saved_step: int = -1
     """Step of the newest checkpoint that this run has published or begun to write."""
+    lineage: Lineage = ()
+    """Of what this run saves."""
     background: BackgroundSaver = field(init=False)
 
     def __post_init__(self) -> None:
@@ -166,6 +169,7 @@ class Saver:
                 raise or_afresh(error) from error
             self._check_save_folder(None)
             self.console.warning(f"{error}\n  --allow-fresh-start was given: starting from step 0")
+            self._go_on(None, Tip(0, None))
             return TrainState()
         self._check_save_folder(path)
         changed = compare(self.config, path, info=self.console.info, warn=self.console.warning)
@@ -186,31 +190,33 @@ class Saver:
         self.saved_step = -1
         if output.save is not None and lies_in(path, Path(output.save)):
             self.saved_step = state.step
-            self._tell_of_later_steps(Path(output.save), state.step)
+        self._go_on(path, Tip(state.step, lineage_in(loaded.state)))
         self.console.info(
             f"continuing from {path}: step {state.step}, {state.consumed_samples} samples consumed; {costs[-1]}, "
             f"loaded in {time.monotonic() - started:.2f} s"
         )
         return state
 
-    def _tell_of_later_steps(self, folder: Path, step: int) -> None:
-        """Warn of checkpoints that lie ahead: this run was taken back, or what was newest is damaged."""
-        if not self.topology.world.is_first:
-            return
-        later = [path.name for number, path in published_checkpoints(folder) if number > step]
-        if later:
-            self.console.warning(
-                f"{folder} holds later steps than the one gone on from: {', '.join(later[:5])}\n"
-                "  this run replaces those that it saves too; the others count as its own once it has passed them, for "
-                "--keep-last and --load: move them away if they are not to"
-            )
+    def _go_on(self, path: Path | None, tip: Tip) -> None:
+        """Warn of checkpoints that lie ahead: this run was taken back, or what was newest is damaged.
+
+        Communicates: one all-gather of small objects over the world.
+        """
+        world = self.topology.world
+        found = exchange(onward(self.config, path, tip) if world.is_first else Onward(), world)[0]
+        self.lineage = found.lineage
+        if found.later:
+            self.console.warning(f"{self.config.output.save} holds {found}")
+        if found.begins is not None:
+            self.console.info(f"attempt {found.begins} begins at step {tip.step + 1}")
 
     def _check_save_folder(self, loaded: Path | None) -> None:
         together(self.topology, partial(check_save_folder, self.config, loaded))
 
     def _state(self, state: TrainState) -> dict[str, object]:
         """What train_state.json holds."""
-        return {**state.to_json(), **({} if self.sample_order is None else {SAMPLE_ORDER: self.sample_order})}
+        order = {} if self.sample_order is None else {SAMPLE_ORDER: self.sample_order}
+        return {**state.to_json(), **order, LINEAGE: self.lineage}
 
     def _compare_order(self, path: Path, stored: object, changed: list[Difference]) -> None:
         """Raises: ConfigError if the samples would come in another order than before and nobody asked for that."""

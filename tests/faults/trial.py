@@ -10,6 +10,7 @@ from typing import Any
 
 from megalm.checkpoint import layout
 from megalm.checkpoint.find import find_checkpoint
+from megalm.checkpoint.lineage import KEY as LINEAGE
 from megalm.checkpoint.manifest import read_manifest, verify
 from megalm.checkpoint.retention import published_checkpoints
 from tests.support.jobs import Job, JobEnd, run_job
@@ -140,8 +141,11 @@ class Trial:
 
 
 def content(checkpoint: Path) -> dict[str, str]:
-    """sha256 by name of every file; config.yaml is left out, as it names the folder that was saved to."""
-    return {record.name: record.sha256 for record in read_manifest(checkpoint).files if record.name != layout.CONFIG}
+    """sha256 by name of every file. config.yaml is left out, as it names the folder that was saved to; train_state.json
+    is there as it is, without the attempts that a run had to begin after a fault."""
+    hashes = {record.name: record.sha256 for record in read_manifest(checkpoint).files if record.name != layout.CONFIG}
+    state = json.loads((checkpoint / layout.TRAIN_STATE).read_text(encoding="utf-8"))
+    return {**hashes, layout.TRAIN_STATE: json.dumps({name: state[name] for name in state if name != LINEAGE})}
 
 
 def leftovers(folder: Path) -> list[str]:

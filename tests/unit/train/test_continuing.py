@@ -1,4 +1,4 @@
-"""Whose checkpoints a run saves among."""
+"""Whose checkpoints a run saves among, and whether it begins another attempt."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from megalm.checkpoint.lineage import Lineage, Tip
 from megalm.errors import CheckpointError
-from megalm.train.continuing import check_save_folder
+from megalm.train.continuing import Onward, check_save_folder, onward
+from tests.unit.checkpoint.test_lineage import AGAIN, saved
 from tests.unit.config.arguments import smallest
 
 
@@ -70,3 +72,64 @@ def test_a_step_is_of_its_folder_under_any_name(folders: Path, monkeypatch: pyte
     (folders / "run" / "global_step30").symlink_to(folders / "disk")
     for loaded in (Path(), folders / "link", folders / "run" / "global_step30"):
         check_save_folder(smallest("--load", str(loaded), "--save", str(folders / "run")), loaded)
+
+
+@pytest.fixture
+def taken_back(tmp_path: Path) -> Path:
+    """A run that saved 10 to 40, was taken back to 10, and saved 25 and 50."""
+    for step, lineage in ((10, ()), (20, ()), (40, ()), (25, AGAIN), (50, AGAIN)):
+        saved(tmp_path / "run", step, lineage)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "words, step, lineage, kept",
+    [
+        ("--load run --save run", 50, AGAIN, AGAIN),
+        # The newest of the first attempt, whatever the other one saved later.
+        ("--load run/global_step40 --save run", 40, (), ()),
+        ("--load run/global_step10 --save new", 10, (), ()),
+        ("--load run/global_step25 --save new", 25, AGAIN, AGAIN),
+        ("--load run/global_step25", 25, AGAIN, AGAIN),
+        ("--load run/global_step10 --save run --eval-only", 10, (), ()),
+        ("--load run/global_step25 --save new --finetune", 25, AGAIN, ()),
+        ("--load run/global_step25 --save new --reset-progress", 25, AGAIN, ()),
+    ],
+)
+def test_a_run_that_goes_on_from_its_newest_step_keeps_its_attempt(
+    words: str, step: int, lineage: Lineage, kept: Lineage, taken_back: Path
+) -> None:
+    config, _ = _given(words, None, taken_back)
+    found = onward(config, taken_back / "run" / f"global_step{step}", Tip(step, lineage))
+    assert (found.lineage, found.begins) == (kept, None)
+    assert found.later == (("global_step50",) if words == "--load run/global_step40 --save run" else ())
+
+
+@pytest.mark.parametrize("step, lineage", [(10, ()), (20, ()), (25, AGAIN), (10, None)])
+def test_a_run_that_was_taken_back_begins_another_attempt(step: int, lineage: Lineage | None, taken_back: Path) -> None:
+    found = _back_to(step, lineage, taken_back)
+    assert found.begins is not None
+    assert found.lineage == (*(lineage or ()), (found.begins, step + 1))
+    assert found.later[0] == "global_step50"
+    assert str(found).startswith("later steps than the one gone on from: global_step50, ")
+
+
+def test_a_later_step_whose_lineage_cannot_be_read_may_be_of_this_run(taken_back: Path) -> None:
+    assert _back_to(40, (), taken_back).begins is None
+    for file in ("train_state.json", "manifest.json"):
+        (taken_back / "run" / "global_step50" / file).unlink()
+    assert _back_to(40, (), taken_back).begins is not None
+
+
+def test_a_fresh_start_beside_damaged_checkpoints_is_an_attempt_of_its_own(taken_back: Path) -> None:
+    config, _ = _given("--load run --allow-fresh-start --save run", None, taken_back)
+    found = onward(config, None, Tip(0, None))
+    assert found.lineage == ((found.begins, 0),)
+    assert onward(_given("--load empty --allow-fresh-start --save empty", None, taken_back)[0], None, Tip(0, None)) == (
+        Onward()
+    )
+
+
+def _back_to(step: int, lineage: Lineage | None, folders: Path) -> Onward:
+    config, _ = _given(f"--load run/global_step{step} --save run", None, folders)
+    return onward(config, folders / "run" / f"global_step{step}", Tip(step, lineage))
