@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 from megalm.errors import ConfigError
 from megalm.telemetry.console import Console
+from megalm.telemetry.event_files import take_back
 from megalm.telemetry.metric_log import MetricLog
 from megalm.telemetry.progress import perplexity, progress_line, validation_line
 from megalm.telemetry.step_metrics import StepMetrics as StepMetrics
@@ -72,16 +73,28 @@ class JsonlSink:
         self._log.close()
 
 
+LOSS = "lm-loss-"
+TRAINING_LOSS = f"{LOSS}training/lm loss"
+VALIDATION = f"{LOSS}validation/"
+BY_SAMPLES, BY_TOKENS = " vs samples", " vs tokens"
+"""Ends of tags: what x is, where it is not steps."""
+
+
 class TensorBoardSink:
     """TensorBoard scalars under the tags that BLOOM's published logs have, so that runs can be laid over each other.
 
     Each quantity is drawn against steps, and again against samples (`... vs samples`) and tokens (`... vs tokens`).
     """
 
-    def __init__(self, folder: str | Path, queue_size: int = 1000) -> None:
-        """Raises: ConfigError if the tensorboard package is missing or the folder cannot be written."""
+    def __init__(self, folder: str | Path, queue_size: int = 1000, *, resume_step: int | None = None) -> None:
+        """With `resume_step`, what an earlier run wrote past that step is first moved out of TensorBoard's sight.
+
+        Raises: ConfigError if the tensorboard package is missing or the folder cannot be written.
+        """
         tensorboard = _import("torch.utils.tensorboard", package="tensorboard", asked_by="--tensorboard-dir")
         try:
+            if resume_step:
+                take_back(Path(folder), resume_step, counts_steps=_counts_steps, word=LOSS)
             self._writer = tensorboard.SummaryWriter(log_dir=str(folder), max_queue=queue_size)
         except OSError as failure:
             raise ConfigError(
@@ -92,7 +105,7 @@ class TensorBoardSink:
 
     def log_step(self, m: StepMetrics) -> None:
         self._consumed_tokens = m.consumed_tokens
-        self._add("lm-loss-training/lm loss", m.loss, m.step, m.consumed_samples)
+        self._add(TRAINING_LOSS, m.loss, m.step, m.consumed_samples)
         self._add("learning-rate/learning-rate", m.lr, m.step, m.consumed_samples)
         if m.grad_norm is not None:
             self._add("grad-norm/grad-norm", m.grad_norm, m.step, m.consumed_samples)
@@ -113,7 +126,7 @@ class TensorBoardSink:
         # BLOOM puts a named validation set in a folder of its own, and the only set directly under the heading.
         split = "test" if name == "test" else "validation"
         group = "" if name in ("valid", "test") else f"{name}/"
-        tag = f"lm-loss-validation/{group}lm loss {split}"
+        tag = f"{VALIDATION}{group}lm loss {split}"
         self._add(tag, loss, step, consumed_samples)
         self._add(f"{tag} ppl", perplexity(loss), step, consumed_samples)
 
@@ -122,9 +135,14 @@ class TensorBoardSink:
 
     def _add(self, tag: str, value: float, step: int, consumed_samples: int) -> None:
         self._writer.add_scalar(tag, value, step)
-        self._writer.add_scalar(f"{tag} vs samples", value, consumed_samples)
+        self._writer.add_scalar(f"{tag}{BY_SAMPLES}", value, consumed_samples)
         if self._consumed_tokens is not None:
-            self._writer.add_scalar(f"{tag} vs tokens", value, self._consumed_tokens)
+            self._writer.add_scalar(f"{tag}{BY_TOKENS}", value, self._consumed_tokens)
+
+
+def _counts_steps(tag: str) -> bool:
+    """Whether a tag is one that begins a step or a validation."""
+    return tag == TRAINING_LOSS or (tag.startswith(VALIDATION) and not tag.endswith((BY_SAMPLES, BY_TOKENS)))
 
 
 class WandbSink:

@@ -28,6 +28,7 @@ def open_sinks(config: Config, topology: Topology, console: Console, *, resumed_
     if not topology.world.is_first:
         return []
     output = config.output
+    taken_back_to = None if config.training.eval_only else resumed_step  # What is evaluated happens again nowhere.
     sinks: list[Sink] = [ConsoleSink(console, log_interval=output.log_interval)]
     path = metrics_file(config)
     if output.plot is not None and path is None:
@@ -37,9 +38,10 @@ def open_sinks(config: Config, topology: Topology, console: Console, *, resumed_
             "  pass --save or --metrics-path"
         )
     if path is not None:
-        sinks.append(JsonlSink(path, resume_step=resumed_step, warn=console.warning))
+        sinks.append(JsonlSink(path, resume_step=taken_back_to, warn=console.warning))
     if output.tensorboard_dir is not None:
-        sinks.append(TensorBoardSink(output.tensorboard_dir, output.tensorboard_queue_size))
+        board = TensorBoardSink(output.tensorboard_dir, output.tensorboard_queue_size, resume_step=taken_back_to)
+        sinks.append(board)
     if output.wandb_project is not None:
         sinks.append(
             WandbSink(

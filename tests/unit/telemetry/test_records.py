@@ -51,6 +51,58 @@ def test_tensorboard_scalars_have_the_tags_of_blooms_logs(tmp_path: Path) -> Non
     assert {"grad-norm/grad-norm", "iteration-time/iteration-time"} <= set(found)
 
 
+@pytest.mark.parametrize("resume_step", [2, 4, 6, 9])
+def test_a_run_that_goes_on_from_an_earlier_step_shows_each_step_once(tmp_path: Path, resume_step: int) -> None:
+    """x is 8 times as large against samples, and 1024 times against tokens: no bound of one is one of the others."""
+    resumed, straight = tmp_path / "resumed", tmp_path / "straight"
+    write_events(resumed, 1, 4)
+    write_events(resumed, 5, 9, resume_step=4)
+    write_events(resumed, resume_step + 1, 12, resume_step=resume_step, loss=2.0)
+    write_events(straight, 1, resume_step)
+    write_events(straight, resume_step + 1, 12, loss=2.0)
+    # Sorted, as files of one second are read in any order.
+    found, expected = ({tag: sorted(points) for tag, points in scalars(f).items()} for f in (resumed, straight))
+    assert found == expected
+    assert found["lm-loss-training/lm loss vs samples"] == [
+        (8 * step, 2.0 if step > resume_step else 1.0) for step in range(1, 13)
+    ]
+
+
+def test_a_cut_off_end_is_an_event_file_of_its_own(tmp_path: Path) -> None:
+    write_events(tmp_path / "run", 1, 9)
+    for _ in range(2):
+        write_events(tmp_path / "run", 6, 9, resume_step=5)
+    (tmp_path / "seen").mkdir()
+    aside = sorted((tmp_path / "run").glob("*discarded*"))
+    assert len(aside) == 2
+    for path in aside:
+        path.rename(tmp_path / "seen" / path.name.replace("discarded", "tfevents"))
+    steps = [step for step, _ in scalars(tmp_path / "seen")["lm-loss-training/lm loss"]]
+    assert steps == [6, 7, 8, 9] * 2
+
+
+def test_events_of_other_programs_and_of_a_process_that_was_killed_stay(tmp_path: Path) -> None:
+    tensorboard = pytest.importorskip("torch.utils.tensorboard")
+    writer = tensorboard.SummaryWriter(str(tmp_path), filename_suffix=".other")
+    writer.add_scalar("accuracy", 0.5, 100)
+    writer.close()
+    write_events(tmp_path, 1, 9)
+    (killed,) = (path for path in tmp_path.glob("*tfevents*") if not path.name.endswith(".other"))
+    killed.write_bytes(killed.read_bytes()[:-5])
+    write_events(tmp_path, 5, 6, resume_step=4)
+    assert scalars(tmp_path)["accuracy"] == [(100, 0.5)]
+    assert [step for step, _ in scalars(tmp_path)["lm-loss-training/lm loss"]] == [1, 2, 3, 4, 5, 6]
+
+
+def write_events(folder: Path, first: int, last: int, *, resume_step: int | None = None, loss: float = 1.0) -> None:
+    sink = TensorBoardSink(folder, resume_step=resume_step)
+    for step in range(first, last + 1):
+        sink.log_step(step_metrics(step, loss=loss))
+        if step % 2 == 0:
+            sink.log_validation(step, 8 * step, "valid", loss)
+    sink.close()
+
+
 def test_tensorboard_folder_that_cannot_be_written_is_a_config_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="TensorBoard folder .*file/events cannot be written"):
