@@ -85,6 +85,29 @@ def read_metric_log(path: str | Path) -> Iterator[dict[str, Any]]:
         yield record
 
 
+def set_aside(path: Path, first_step: int) -> Path | None:
+    """Rename a file that has steps from before `first_step`: a run that begins there has not made them.
+
+    Returns the new name; None if there is nothing of the kind. What comes later is for `MetricLog` to take back.
+    Raises: DataError if the file holds something else; ConfigError if it cannot be renamed.
+    """
+    if not path.exists():
+        return None
+    if not any(record["step"] < first_step and record["kind"] != "resume" for _, record in _whole_lines(path)):
+        return None
+    number = 1
+    while (aside := path.with_name(f"{path.name}.{number}")).exists():
+        number += 1
+    try:
+        path.rename(aside)
+    except OSError as failure:
+        raise ConfigError(
+            f"the metrics file {path} is of another run and cannot be renamed: {failure.strerror}\n"
+            "  move it away, or give another --save or --metrics-path"
+        ) from failure
+    return aside
+
+
 def _take_back(path: Path, last_step: float) -> None:
     """Move what happened after `last_step` out of the record, since it will happen again, and drop a line cut short."""
     kept: list[str] = []

@@ -33,6 +33,7 @@ from megalm.models.gpt.plan import DocumentRules
 from megalm.models.gpt.weights import FIRST_BLOCK_LAYER
 from megalm.parallel.random import RngStreams
 from megalm.telemetry.console import Console
+from megalm.telemetry.metrics import Sink
 from megalm.tokenizers.build import build_tokenizer
 from megalm.tokenizers.protocol import Tokenizer
 from megalm.topology.agree import exchange, together
@@ -178,6 +179,10 @@ def build(plan: Plan, topology: Topology) -> Run:
     if trained is not None:
         check_samples_left(config, trained, state, dp_size=topology.dp.size)
 
+    def open_own_sinks() -> list[Sink]:
+        continues = saver.saved_step == state.step
+        return open_sinks(config, topology, console, resumed_step=state.step, continues_save=continues)
+
     def batches_from(consumed_samples: int) -> Iterator[Batch]:
         return _feed(plan, topology, datasets.train, consumed_samples=consumed_samples)
 
@@ -199,7 +204,7 @@ def build(plan: Plan, topology: Topology) -> Run:
             kill_switch_path=config.training.kill_switch_path,
         ),
         console=console,
-        sinks=together(topology, partial(open_sinks, config, topology, console, resumed_step=state.step)),
+        sinks=together(topology, open_own_sinks),
         profiler=build_profiler(config, topology, console),
         compile_watch=compile_watch,
         flops_per_token=flops_per_token(config.model, seq_length=config.data.seq_length),

@@ -7,6 +7,7 @@ from pathlib import Path
 from megalm.config.root import Config
 from megalm.errors import ConfigError
 from megalm.telemetry.console import Console
+from megalm.telemetry.metric_log import set_aside
 from megalm.telemetry.metrics import ConsoleSink, JsonlSink, Sink, TensorBoardSink, WandbSink
 from megalm.telemetry.profile import StepProfiler
 from megalm.topology.topology import Topology
@@ -20,9 +21,12 @@ def metrics_file(config: Config) -> Path | None:
     return None if output.save is None else Path(output.save) / "metrics.jsonl"
 
 
-def open_sinks(config: Config, topology: Topology, console: Console, *, resumed_step: int) -> list[Sink]:
+def open_sinks(
+    config: Config, topology: Topology, console: Console, *, resumed_step: int, continues_save: bool
+) -> list[Sink]:
     """The console, and every record that was asked for; the first rank alone has any.
 
+    `continues_save` says that the checkpoint of `resumed_step` lies in `--save`, and so do the records up to it.
     Raises: ConfigError if a file or folder cannot be written, or a package that was asked for is missing.
     """
     if not topology.world.is_first:
@@ -37,6 +41,13 @@ def open_sinks(config: Config, topology: Topology, console: Console, *, resumed_
             "  output.plot set by --plot\n"
             "  pass --save or --metrics-path"
         )
+    aside = None
+    if path is not None and output.metrics_path is None and resumed_step > 0 and not continues_save:
+        aside = None if config.training.eval_only else set_aside(path, resumed_step + 1)
+    if aside is not None:
+        console.warning(
+            f"{path} has steps of another run, as this one goes on from a checkpoint elsewhere: it is {aside.name} now"
+        )
     if path is not None:
         sinks.append(JsonlSink(path, resume_step=taken_back_to, warn=console.warning))
     if output.tensorboard_dir is not None:
@@ -50,7 +61,8 @@ def open_sinks(config: Config, topology: Topology, console: Console, *, resumed_
                 mode=output.wandb_mode,
                 folder=output.wandb_dir or output.save or ".",
                 config=config.values(),
-                resumed=resumed_step > 0,
+                # The id beside another run's records is of its W&B run.
+                resumed=resumed_step > 0 and (aside is None or output.wandb_dir is not None),
             )
         )
     return sinks
