@@ -63,7 +63,9 @@ def parser() -> argparse.ArgumentParser:
     group = result.add_argument_group("output")
     group.add_argument("--output-prefix", required=True, help="path before _KEY_document")
     group.add_argument("--overwrite", action="store_true", help="replace a corpus of that name")
-    group.add_argument("--resume", action="store_true", help="go on where a killed run stopped")
+    group.add_argument(
+        "--resume", action="store_true", help="go on where a killed run stopped; nothing to do if it is whole"
+    )
     group.add_argument("--dataset-impl", default="mmap", help="the one format there is: mmap")
     group = result.add_argument_group("work")
     group.add_argument("--workers", type=int, default=1, help="processes that tokenize (1)")
@@ -158,11 +160,16 @@ def run(options: argparse.Namespace) -> None:
 
 
 def tokenize(job: Job, log_interval: int | None) -> None:
-    """Do the work and say what was written."""
+    """Do the work, unless it is done, and say what was written."""
+    from megalm.data.complete import is_complete
     from megalm.data.indexed import IndexedDataset
     from megalm.data.preprocess import preprocess
     from megalm.data.progress_line import ProgressLine, describe
 
+    if job.resume and is_complete(job):
+        for key in job.recipe.keys:
+            say(f"{job.corpus_prefix(key)}.bin is already complete, of the same sources and settings")
+        return
     line = ProgressLine(sys.stderr, every_documents=log_interval)
     try:
         done = preprocess(job, report=line)

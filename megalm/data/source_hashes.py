@@ -38,6 +38,11 @@ class SourceHashes:
         self._running = False
         self._stopped = threading.Event()
 
+    @property
+    def sizes(self) -> list[int]:
+        """Bytes of the files, in order."""
+        return [source.size_bytes for source, _, _ in self._ranges]
+
     def start(self) -> None:
         """Begin, once the workers are forked; later calls do nothing."""
         if not self._running:

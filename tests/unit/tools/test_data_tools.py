@@ -196,6 +196,15 @@ def test_padded_vocabulary_decides_the_width_of_ids(work: Path) -> None:
     assert "--padded-vocab-size 100 is less than the tokenizer's 400 ids" in done.stderr
 
 
+def test_resuming_a_whole_output_is_done_or_refused(work: Path) -> None:
+    source = ["--input", work / "one.jsonl", "--tokenizer-name-or-path", work / "tok", "--output-prefix", work / "one"]
+    said = succeeds("preprocess_data.py", *source, "--append-eod", "--workers", 1, "--resume")
+    assert "one_text_document.bin is already complete, of the same sources and settings" in said
+    done = tool("preprocess_data.py", *source, "--resume")
+    assert done.returncode == 3
+    assert "one_text_document is whole, and was made with other append_eod" in done.stderr
+
+
 def test_partitions_of_a_folder_merge_to_the_corpus_of_one_machine(work: Path, tmp_path: Path) -> None:
     for index in (2, 0, 1):
         succeeds(
