@@ -179,6 +179,8 @@ def tokenize(job: Job, log_interval: int | None) -> None:
     for key in job.recipe.keys:
         corpus = IndexedDataset(job.corpus_prefix(key))
         say(f"wrote {job.corpus_prefix(key)}.bin: {corpus.num_documents:,} documents, {corpus.num_tokens:,} tokens")
+        if not corpus.num_documents:
+            say(f"{job.corpus_prefix(key)}.bin is empty: a run refuses it")
     if done.empty:
         say(f"{done.empty} empty documents were left out")
     if done.skipped:

@@ -96,6 +96,18 @@ NOOPS = (
         "--checkpoint-activations and --recompute-granularity decide what is recomputed.",
     ),
     noop(
+        "--attention-backend",
+        "The attention core is chosen by what the model needs.",
+        arity="1",
+        allowed=("auto",),
+        remedy="pass --attention-kernel sdpa, or leave the flag out",
+    ),
+    noop(
+        "--async-tensor-model-parallel-allreduce",
+        "Gradients of a layer's input always travel while its weight's gradient is computed.",
+    ),
+    noop("--no-create-attention-mask-in-dataloader", "The loader never makes attention masks."),
+    noop(
         "--data-impl",
         "Corpora are read through a memory map.",
         arity="1",

@@ -101,9 +101,6 @@ REFUSALS = (
     refused("--end-weight-decay", "weight decay is constant", "pass --weight-decay alone"),
     refused("--weight-decay-incr-style", "weight decay is constant", "pass --weight-decay alone"),
     refused("--decoupled-lr", "there is one learning rate", "pass --lr alone"),
-    refused(
-        "--attention-backend", "attention cores are chosen by name", "pass --attention-kernel sdpa, or leave it out"
-    ),
     refused("--manual-gc", "when Python collects garbage is Python's own choice", "remove it"),
     refused("--manual-gc-interval", "when Python collects garbage is Python's own choice", "remove it"),
     refused("--use-flash-attn", "attention cores are chosen by name", "pass --attention-kernel sdpa"),

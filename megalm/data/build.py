@@ -128,6 +128,12 @@ class _Builder:
                 self._warn(f"{split}: no sequence of {shown(member.prefix)} falls in it (split {split_text})")
             if kept:
                 self._store(split, split, self.source(split, split, kept, wanted[split], blended=len(words) > 1))
+            elif not any(self.indexed(member.prefix).num_sequences for member in members):
+                raise DataError(
+                    f"data_path names no document: {', '.join(shown(member.prefix) for member in members[:5])} "
+                    f"{'are' if len(members) > 1 else 'is'} empty\n"
+                    "  tokenize documents with tools/preprocess_data.py, which says how many it wrote"
+                )
             elif split != "test":
                 off = ", or turn evaluation off with --eval-interval 0" if split == "valid" else ""
                 raise DataError(

@@ -124,7 +124,7 @@ def _weight(text: str, where: str) -> float:
     except ValueError as error:
         raise DataError(f"weight {text!r} in {where} is no number") from error
     if not 0 <= weight < float("inf"):
-        raise DataError(f"weight {text} in {where} must be 0 or more, and finite")
+        raise DataError(f"weight {text} in {where} must be greater than 0, and finite")
     return weight
 
 

@@ -49,7 +49,7 @@ from megalm.train.gradient_sums import GradientSums
 from megalm.train.kernel_choice import choose_on_all_ranks
 from megalm.train.loop import Run
 from megalm.train.optimizer import build_optimizer
-from megalm.train.samples import check_samples_left, sample_counts
+from megalm.train.samples import check_samples_left, sample_counts, steps_left
 from megalm.train.saver import Saver
 from megalm.train.schedule import BatchSize, LearningRate
 from megalm.train.sinks import build_profiler, open_sinks
@@ -197,6 +197,7 @@ def build(plan: Plan, topology: Topology) -> Run:
         batches_from=batches_from,
         validation=_evaluator(plan, topology, datasets.valid),
         test=_evaluator(plan, topology, datasets.test),
+        total_steps=state.step + steps_left(config.training, batch_size, state),
         saver=saver,
         stop=StopRequest(
             exit_interval=config.training.exit_interval,

@@ -10,6 +10,7 @@ from pathlib import Path
 from megalm.checkpoint.history import read_tip
 from megalm.checkpoint.identity import read_config
 from megalm.checkpoint.lineage import Lineage, Tip, new_attempt
+from megalm.checkpoint.manifest import read_manifest
 from megalm.checkpoint.retention import published_checkpoints
 from megalm.config.compare import Difference, differences
 from megalm.config.root import Config
@@ -156,9 +157,10 @@ def onward(config: Config, loaded: Path | None, tip: Tip) -> Onward:
 
 
 def compare(
-    config: Config, path: Path, *, info: Callable[[str], None], warn: Callable[[str], None]
+    config: Config, path: Path, *, dp_size: int, info: Callable[[str], None], warn: Callable[[str], None]
 ) -> list[Difference]:
-    """Tell what differs from the configuration that the checkpoint was saved with, and return it.
+    """Tell what differs from the configuration that the checkpoint was saved with, and return it; the global batch,
+    too, where it is that of the replicas, which are `dp_size` now.
 
     Raises: ConfigError if the learning rate would follow another course and nobody asked for that.
     """
@@ -168,7 +170,7 @@ def compare(
         if not output.finetune:
             warn(f"{path} does not say how it was trained: the schedule of this run is followed")
         return []
-    found = differences(stored, config)
+    found = [*differences(stored, config), *_other_batch(stored, config, path, dp_size=dp_size)]
     for difference in found:
         info(f"changed since {path.name}: {difference}")
     changed = [difference for difference in found if difference.changes_schedule]
@@ -181,3 +183,17 @@ def compare(
             "--lr-decay-samples), or pass --override-lr-scheduler"
         )
     return found
+
+
+def _other_batch(stored: Config, config: Config, path: Path, *, dp_size: int) -> Iterator[Difference]:
+    """The global batch, if it follows from the number of replicas on both sides and differs."""
+    name = "training.global_batch_size"
+    if stored.training.global_batch_size is not None or config.training.global_batch_size is not None:
+        return
+    with contextlib.suppress(CheckpointError):  # Without a manifest nobody knows how many replicas there were.
+        dp_before = read_manifest(path).layout.get("dp")
+        if isinstance(dp_before, int) and dp_before > 0:
+            was, now = stored.global_batch_size(dp_size=dp_before), config.global_batch_size(dp_size=dp_size)
+            if was != now:
+                source = f"micro_batch_size * dp, which is {dp_size}; --global-batch-size {was} keeps it"
+                yield Difference(name, was, now, source, changes_model=False)

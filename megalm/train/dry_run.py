@@ -32,7 +32,7 @@ def look(config: Config, tokenizer: Tokenizer, *, num_parameters: int, dp_size: 
     tokens = sum(corpus.num_tokens for corpus in corpora)
     found = {"corpora": "; ".join([f"{len(corpora):,}, with {tokens:,} tokens", *warnings])}
     if config.output.load is not None:
-        found["load"] = _checkpoint(config, Path(config.output.load))
+        found["load"] = _checkpoint(config, Path(config.output.load), dp_size=dp_size)
     else:
         check_save_folder(config, None)
     if config.output.save is not None:
@@ -40,7 +40,7 @@ def look(config: Config, tokenizer: Tokenizer, *, num_parameters: int, dp_size: 
     return found
 
 
-def _checkpoint(config: Config, folder: Path) -> str:
+def _checkpoint(config: Config, folder: Path, *, dp_size: int) -> str:
     """The checkpoint that the run would try first, by its small files; its hashes are the run's to verify."""
     found = candidates(folder, None, config.output.universal_checkpoint)
     if not found.paths:
@@ -51,7 +51,7 @@ def _checkpoint(config: Config, folder: Path) -> str:
     path = found.paths[0]
     check_save_folder(config, path)
     said: list[str] = []
-    compare(config, path, info=said.append, warn=said.append)
+    compare(config, path, dp_size=dp_size, info=said.append, warn=said.append)
     step = layout.parse_step(path.resolve().name.removesuffix(".old"))
     if step is not None:
         going = onward(config, path, read_tip(path, step=step))

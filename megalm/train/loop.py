@@ -45,6 +45,8 @@ class Run:
     """This rank's batches after so many samples."""
     validation: Evaluator
     test: Evaluator
+    total_steps: int
+    """Steps of the whole run, those before a resume included."""
     saver: Saver
     stop: StopRequest
     console: Console
@@ -70,11 +72,6 @@ class Run:
     def is_left_out(self, step: int) -> bool:
         """Whether --skip-train-iteration-range names this step, counted from 1."""
         return any(step in steps for steps in parse_step_ranges(self.config.training.skip_train_iteration_range))
-
-    @property
-    def total_steps(self) -> int:
-        """Steps of the whole run, those before a resume included."""
-        return self.batch_size.steps_of(self.config.training)
 
 
 def train(run: Run) -> int:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 
 from megalm.config.root import Config
 from megalm.config.step_ranges import parse_step_ranges
+from megalm.config.training import TrainingConfig
 from megalm.data.build import Datasets, build_datasets
 from megalm.data.source import SampleSource
 from megalm.errors import ConfigError
@@ -44,22 +45,21 @@ def check_samples_left(config: Config, source: SampleSource, state: TrainState, 
     """
     training = config.training
     batch_size = BatchSize.from_config(training, dp_size=dp_size)
-    if training.train_samples is None:
-        last = state.consumed_samples + ((training.train_iters or 0) - state.step) * batch_size.final
-    else:
-        last = state.consumed_samples
-        while last < training.train_samples:
-            ramping = last < batch_size.ramp_samples
-            steps = 1 if ramping else -(-(training.train_samples - last) // batch_size.final)
-            last += steps * batch_size.at(last)
+    last = batch_size.samples_for(steps_left(training, batch_size, state), consumed=state.consumed_samples)
     if last > len(source):
         raise ConfigError(
             f"the run would read {last:,} samples, of which {state.consumed_samples:,} are read already, and has "
             f"{len(source):,}\n"
             f"  training.global_batch_size = {batch_size.final}, and the checkpoint was trained with another\n"
-            "  give the batch that it was trained with, fewer --train-iters, or --train-samples with "
-            "--override-lr-scheduler"
+            "  give the batch that it was trained with, or --train-samples with --override-lr-scheduler"
         )
+
+
+def steps_left(training: TrainingConfig, batch_size: BatchSize, state: TrainState) -> int:
+    """Steps from `state` to the end of the run, whatever batch it had before."""
+    if training.train_samples is not None:
+        return batch_size.steps_for(training.train_samples, consumed=state.consumed_samples)
+    return max(0, (training.train_iters or 0) - state.step)
 
 
 def total_steps(config: Config, *, dp_size: int) -> int:

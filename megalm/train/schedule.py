@@ -89,9 +89,9 @@ class BatchSize:
             return cls(final=final, start=final, increment=0, ramp_samples=0)
         return cls(final=final, start=start, increment=increment, ramp_samples=ramp_samples)
 
-    def steps_for(self, samples: int) -> int:
-        """Steps that consume at least `samples` samples from the start of a run."""
-        consumed, steps = 0, 0
+    def steps_for(self, samples: int, *, consumed: int = 0) -> int:
+        """Steps after `consumed` samples until at least `samples` are consumed."""
+        steps = 0
         while consumed < samples and consumed < self.ramp_samples:
             consumed += self.at(consumed)
             steps += 1
@@ -103,9 +103,8 @@ class BatchSize:
             return self.steps_for(training.train_samples)
         return training.train_iters or 0
 
-    def samples_for(self, steps: int) -> int:
-        """Samples that the first `steps` steps consume."""
-        consumed = 0
+    def samples_for(self, steps: int, *, consumed: int = 0) -> int:
+        """Samples that are consumed `steps` steps after `consumed`."""
         for step in range(steps):
             if consumed >= self.ramp_samples:
                 return consumed + (steps - step) * self.final

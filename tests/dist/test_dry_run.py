@@ -264,6 +264,25 @@ def test_a_smaller_batch_that_would_run_out_of_samples_is_refused_at_the_start(t
     assert "the run would read 608 samples, of which 576 are read already" in said
 
 
+def test_a_run_of_samples_that_goes_on_with_another_batch_knows_its_end(tmp_path: Path) -> None:
+    in_samples = ["training.train_iters=null", "training.lr_warmup_iters=0", "--train-samples", "96"]
+    data = ["--data-path", write_corpus(tmp_path, num_documents=200), *in_samples]
+    folder = str(tmp_path / "run")
+    (outcomes,) = run_ranks(
+        run_each,
+        1,
+        {
+            "train": [*data, "--save", folder, "--global-batch-size", "4", "--exit-interval", "8"],
+            "go on": [*data, "--load", folder, "--global-batch-size", "8", "--metrics-path", str(tmp_path / "m.jsonl")],
+        },
+    )
+    assert outcomes["train"][0] == 75
+    assert outcomes["go on"] == (0, "")
+    records = [json.loads(line) for line in (tmp_path / "m.jsonl").read_text().splitlines()]
+    steps = [(record["step"], record["total_steps"]) for record in records if record["kind"] == "train"]
+    assert steps == [(step, 16) for step in range(9, 17)]
+
+
 def _overflowing(flags: list[str]) -> Outcome:
     told = Exception("Current loss scale already at minimum - cannot decrease scale anymore. Exiting run.")
     with mock.patch("megalm.train.engine.PipelineTrainingEngine._forward_backward_update", side_effect=told):

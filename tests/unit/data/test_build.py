@@ -262,6 +262,12 @@ def test_negative_id_is_refused_when_it_is_read(tmp_path: Path) -> None:
         built.train[0]
 
 
+def test_corpora_without_a_document_are_said_to_be_empty(tmp_path: Path) -> None:
+    data = DataConfig(data_path=(corpus(tmp_path, "none", documents=0),), seq_length=8)
+    with pytest.raises(DataError, match="data_path names no document: .*none is empty"):
+        build_datasets(data, num_samples=NUM_SAMPLES, seed=1)
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [

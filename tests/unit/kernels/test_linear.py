@@ -153,6 +153,23 @@ def test_auto_multiplies_16_bits_in_fp32_where_a_cpu_has_no_such_products(
     assert choose("linear", "auto", CPU, dtype=dtype).name in ("torch", "onednn")
 
 
+@pytest.mark.parametrize("handed_on, avx512, amx, machine, fast", [
+    (True, True, False, "x86_64", True),
+    (True, False, True, "AMD64", True),
+    (True, False, False, "x86_64", False),  # oneDNN emulates it
+    (False, True, True, "x86_64", False),
+    (True, False, False, "aarch64", True),
+])  # fmt: skip
+def test_bf16_products_are_fast_where_the_processor_has_them(
+    handed_on: bool, avx512: bool, amx: bool, machine: str, fast: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: handed_on)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512, raising=False)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx, raising=False)
+    monkeypatch.setattr(cpu.platform, "machine", lambda: machine)
+    assert cpu._has_products.__wrapped__(torch.bfloat16) is fast
+
+
 def test_auto_never_takes_eight_bits_and_a_gpu_takes_no_cpu_kernel() -> None:
     assert choose("linear", "auto", CPU).name in ("torch", "onednn")
     assert choose("linear", "auto", torch.device("cuda")).name == "torch"

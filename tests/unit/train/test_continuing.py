@@ -6,9 +6,13 @@ from pathlib import Path
 
 import pytest
 
+from megalm.checkpoint import layout
+from megalm.checkpoint.identity import as_given
 from megalm.checkpoint.lineage import Lineage, Tip
+from megalm.checkpoint.manifest import Manifest
+from megalm.config.yaml_file import config_to_yaml
 from megalm.errors import CheckpointError
-from megalm.train.continuing import Onward, check_save_folder, onward
+from megalm.train.continuing import Onward, check_save_folder, compare, onward
 from tests.unit.checkpoint.test_lineage import AGAIN, saved
 from tests.unit.config.arguments import smallest
 
@@ -133,3 +137,27 @@ def test_a_fresh_start_beside_damaged_checkpoints_is_an_attempt_of_its_own(taken
 def _back_to(step: int, lineage: Lineage | None, folders: Path) -> Onward:
     config, _ = _given(f"--load run/global_step{step} --save run", None, folders)
     return onward(config, folders / "run" / f"global_step{step}", Tip(step, lineage))
+
+
+@pytest.mark.parametrize(
+    "before, dp_before, now, dp_now, told",
+    [
+        ((), 1, (), 1, []),
+        ((), 1, (), 2, ["training.global_batch_size: 2 in the checkpoint, 4 now (micro_batch_size * dp, which is 2; "]),
+        (("--global-batch-size", "4"), 1, ("--global-batch-size", "4"), 2, []),
+        (("--micro-batch-size", "2"), 4, ("--micro-batch-size", "4"), 2, ["training.micro_batch_size: 2 in the"]),
+        ((), None, (), 2, []),
+    ],
+)
+def test_a_batch_that_follows_the_replicas_is_told_when_it_changes(
+    before: tuple[str, ...], dp_before: int | None, now: tuple[str, ...], dp_now: int, told: list[str], tmp_path: Path
+) -> None:
+    path = saved(tmp_path, 10, ())
+    (path / layout.CONFIG).write_text(config_to_yaml(as_given(smallest(*before))))
+    manifest = Manifest(step=10, layout={"dp": dp_before} if dp_before else {}, model={}, versions={}, files=())
+    (path / layout.MANIFEST).write_text(manifest.to_json())
+    lines: list[str] = []
+    found = compare(smallest(*now), path, dp_size=dp_now, info=lines.append, warn=lines.append)
+    assert len(lines) == len(found) == len(told)
+    for line, wanted in zip(lines, told, strict=True):
+        assert line.startswith(f"changed since global_step10: {wanted}")

@@ -2,7 +2,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from megalm.train.samples import sample_counts, samples_of_steps
+from megalm.train.samples import sample_counts, samples_of_steps, steps_left
+from megalm.train.schedule import BatchSize
+from megalm.train.state import TrainState
 from tests.support.checkpoints import bloom_config
 
 
@@ -17,3 +19,14 @@ def test_steps_of_a_ramped_run_consume_every_sample_once() -> None:
     assert len(steps[-1][1]) == 8
     assert list(samples_of_steps(replace(config, training=training), 17, 18, dp_size=1)) == steps[16:18]
     assert sample_counts(replace(config, training=training), dp_size=1)["train"] == steps[-1][1].stop
+
+
+def test_steps_left_are_of_the_present_batch_whatever_the_run_had_before() -> None:
+    training = replace(bloom_config().training, train_iters=None, train_samples=68)
+    larger, smaller = (BatchSize(final=size, start=size, increment=0, ramp_samples=0) for size in (4, 1))
+    assert steps_left(training, larger, TrainState(step=8, consumed_samples=16)) == 13
+    assert steps_left(training, smaller, TrainState(step=8, consumed_samples=16)) == 52
+    assert steps_left(training, larger, TrainState(step=99, consumed_samples=70)) == 0
+    counted = replace(training, train_iters=20, train_samples=None)
+    assert steps_left(counted, larger, TrainState(step=8, consumed_samples=16)) == 12
+    assert steps_left(counted, larger, TrainState(step=21, consumed_samples=16)) == 0

@@ -56,3 +56,7 @@ def test_steps_and_samples_count_what_a_run_would_do(ramp_samples: int) -> None:
         steps += 1
     assert ramp.steps_for(300) == steps
     assert ramp.samples_for(steps) == consumed
+    half = ramp.samples_for(steps // 2)
+    assert ramp.steps_for(300, consumed=half) == steps - steps // 2
+    assert ramp.samples_for(steps - steps // 2, consumed=half) == consumed
+    assert ramp.steps_for(300, consumed=300) == 0
