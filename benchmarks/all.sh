@@ -78,10 +78,12 @@ for part in $parts; do
             ;;
         candidates)
             few=(--warmup-steps 2 --steps 5)
-            run tests-candidates "$python" -m pytest -v -s tests/unit/kernels/test_gelu_linear.py
-            run kernels-candidates "$python" benchmarks/kernels.py --only MLP
+            run tests-candidates "$python" -m pytest -v -s tests/unit/kernels/test_gelu_linear.py \
+                tests/unit/kernels/test_adamw.py
+            run kernels-candidates "$python" benchmarks/kernels.py --only MLP AdamW
             mark 1b7-separate bloom-1b7 --peer plain-compile --micro-batch-sizes 8 "${few[@]}" output.gelu_linear=separate
             mark 1b7-cublaslt bloom-1b7 --micro-batch-sizes 8 "${few[@]}" output.gelu_linear=cublaslt
+            mark 1b7-adamw bloom-1b7 --micro-batch-sizes 8 "${few[@]}" output.gelu_linear=cublaslt output.adamw=triton
             ;;
     esac
 done
