@@ -69,6 +69,8 @@ TARGETS = (
     takes("--train-samples", "training.train_samples"),
     takes("--exit-interval", "training.exit_interval"),
     takes("--exit-duration-in-mins", "training.exit_duration_minutes"),
+    takes("--hang-timeout-minutes", "training.hang_timeout_minutes"),
+    takes("--distributed-timeout-minutes", "training.hang_timeout_minutes"),
     takes("--kill-switch-path", "training.kill_switch_path"),
     takes("--seed", "training.seed"),
     switch("--bf16", "training.dtype", "bf16"),

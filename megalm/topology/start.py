@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from megalm.errors import MegalmError, TopologyError
 from megalm.program import EXIT_INTERRUPTED
+from megalm.topology.board import StoreBoard
 from megalm.topology.layout import Layout
 
 if TYPE_CHECKING:
@@ -106,6 +107,11 @@ def start(launch: Launch, *, tp: int, pp: int, backend: str = "auto", timeout_mi
     else:
         _keep_freed_memory()
     return Topology.build(layout, rank=launch.rank, local_rank=launch.local_rank, device=device)
+
+
+def open_board(prefix: str) -> StoreBoard:
+    """What ranks tell each other, over the store at which the launcher had them meet; `prefix` is this run's alone."""
+    return StoreBoard(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), prefix=prefix)
 
 
 def report_failure(error: MegalmError) -> int:

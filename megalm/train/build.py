@@ -54,6 +54,7 @@ from megalm.train.saver import Saver
 from megalm.train.schedule import BatchSize, LearningRate
 from megalm.train.sinks import build_profiler, open_sinks
 from megalm.train.stop import StopRequest
+from megalm.train.watchdog import build_watchdog
 
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """What training.dtype names."""
@@ -112,12 +113,15 @@ def prepare(config: Config) -> Plan:
 def running(plan: Plan) -> Iterator[Run]:
     """Join the other processes, build the run, and take both down again however it ends."""
     parallel = plan.config.parallel
-    topology = start(plan.launch, tp=parallel.tp, pp=parallel.pp, backend=parallel.backend)
+    # A collective that nobody joins ends after the watchdog has told who is where.
+    patience = max(30.0, plan.config.training.hang_timeout_minutes + 5.0)
+    topology = start(plan.launch, tp=parallel.tp, pp=parallel.pp, backend=parallel.backend, timeout_minutes=patience)
     try:
         with only_saver(plan.config, topology):
             run = build(plan, topology)
             try:
-                yield run
+                with run.watchdog.watching():
+                    yield run
             finally:
                 run.profiler.close()
                 for sink in run.sinks:
@@ -206,6 +210,7 @@ def build(plan: Plan, topology: Topology) -> Run:
         ),
         console=console,
         sinks=together(topology, open_own_sinks),
+        watchdog=build_watchdog(config, topology),
         profiler=build_profiler(config, topology, console),
         compile_watch=compile_watch,
         flops_per_token=flops_per_token(config.model, seq_length=config.data.seq_length),

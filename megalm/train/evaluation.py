@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -23,9 +23,9 @@ class Evaluator:
     sources: Mapping[str, BatchSource]
     num_micro_batches: int
 
-    def run(self, engine: Engine) -> dict[str, float]:
-        """Mean loss of every set, nats per token, by name."""
+    def run(self, engine: Engine, *, watched: Callable[[Iterator[Batch]], Iterator[Batch]] = iter) -> dict[str, float]:
+        """Mean loss of every set, nats per token, by name; batches come through `watched`."""
         return {
-            name: engine.evaluate(source(), num_micro_batches=self.num_micro_batches)
+            name: engine.evaluate(watched(source()), num_micro_batches=self.num_micro_batches)
             for name, source in self.sources.items()
         }

@@ -6,6 +6,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 from megalm.config.root import Config
 from megalm.config.step_ranges import parse_step_ranges
@@ -25,6 +26,7 @@ from megalm.train.schedule import BatchSize, LearningRate
 from megalm.train.sinks import draw_curve
 from megalm.train.state import TrainState
 from megalm.train.stop import EXIT_ASKED_TO_STOP, EXIT_FINISHED, StopReason, StopRequest
+from megalm.train.watchdog import Watchdog
 
 SPEED_WINDOW_STEPS = 20
 """Steps over which speed and time left are averaged."""
@@ -51,6 +53,7 @@ class Run:
     stop: StopRequest
     console: Console
     sinks: Sequence[Sink]
+    watchdog: Watchdog
     profiler: StepProfiler
     compile_watch: CompileWatch
     flops_per_token: float
@@ -93,11 +96,14 @@ def train(run: Run) -> int:
         stop_if_diverged(run, metrics)
         if _is_due(run.state, run.config.training.eval_interval) or run.is_complete:
             evaluate(run, run.validation)
+        run.watchdog.at("saving", run.state.step)
         if _is_due(run.state, run.config.output.save_interval):
             run.saver.save(run.state)
         run.saver.poll()
+        run.watchdog.at("agreeing on whether to go on", run.state.step)
         reason = run.stop.agree(run.state.step, run.topology)
     if run.state.step > first or run.is_complete:
+        run.watchdog.at("saving", run.state.step)
         run.saver.save_last(run.state)
     unsaved = "" if run.config.output.save else "; nothing was saved, as --save names no folder"
     why = StopReason.NONE if run.is_complete else reason
@@ -142,7 +148,8 @@ def step(run: Run) -> StepMetrics:
     else:
         learning_rate = run.learning_rate.at(state.step, state.step + 1)
 
-    batches = TimedBatches(run.batches)
+    run.watchdog.at("training", state.step + 1)
+    batches = TimedBatches(run.watchdog.batches(run.batches, "training", state.step + 1))
     started = time.perf_counter()
     with run.profiler.step(state.step + 1):
         result = run.engine.train_step(batches, global_batch_size=batch_size, learning_rate=learning_rate)
@@ -203,7 +210,9 @@ def stop_if_diverged(run: Run, metrics: StepMetrics) -> None:
 
 def evaluate(run: Run, evaluator: Evaluator) -> dict[str, float]:
     """Evaluate every set of `evaluator` and log it."""
-    losses = evaluator.run(run.engine)
+    run.watchdog.at("evaluation", run.state.step)
+    watched = partial(run.watchdog.batches, operation="evaluation", step=run.state.step)
+    losses = evaluator.run(run.engine, watched=watched)
     run.compile_watch.report("evaluation", expected=True)
     for name, loss in losses.items():
         for sink in run.sinks:

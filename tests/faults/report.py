@@ -21,6 +21,8 @@ steps. After every fault the newest published checkpoint must verify, no more th
 exit code must be the documented one and no process may be left; every checkpoint and every loss, bit for bit, must be
 those of the run that nobody disturbed: parameters, optimizer and random-number states by the sha256 of their files.
 C is bad data, given to what reads it in a run: the answer must be an error that names it, or the right tokens.
+F are ranks that hang, with a limit of three seconds: every rank that can must write its stacks, one line must name the
+rank at fault, and the run must end with exit code 8; steps, saves and evaluations that go on must not be taken for one.
 
 Each line is written by the run that it reports, and replaced when that suite runs again. "shows" is the largest share
 of failures that n cases can hide at 95 % confidence. `bash tests/run.sh tests/faults` runs the default suite,

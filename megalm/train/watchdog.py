@@ -1,0 +1,269 @@
+"""Ends a run that hangs, and says which rank does what.
+
+One rank that waits for ever, for a disk or a broken GPU or a collective that another rank skipped, halts all others in
+their collectives. Each rank tells its watchdog what it is about to do. If no rank has begun anything new for the limit,
+the watchdogs write the stacks of all threads, one of them names who is where, and the processes end, so that whoever
+started the run can start it again from its newest checkpoint.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import faulthandler
+import os
+import secrets
+import sys
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+import torch
+
+from megalm.config.root import Config
+from megalm.telemetry.console import PREFIX
+from megalm.topology.agree import exchange
+from megalm.topology.board import Board
+from megalm.topology.start import open_board
+from megalm.topology.topology import Topology
+
+Item = TypeVar("Item")
+
+EXIT_HUNG = 8
+_LIBRARIES = (os.path.dirname(os.__file__), os.path.dirname(os.path.dirname(torch.__file__)), "<frozen")
+NOTABLE_BYTES = 2**20
+"""Reading or writing more than this between two looks is progress: a save or a load moves on."""
+MOST_SECONDS_FOR_STACKS = 10.0
+SECONDS_AFTER = 5
+"""What the ranks that do not report give the one that does beyond that time."""
+WAITING = "waiting for data"
+
+
+class Mark(NamedTuple):
+    """What a rank does, from when it said so."""
+
+    operation: str
+    step: int
+
+
+class Watchdog:
+    """One rank's. `at` is for the thread that trains, everything else runs in a thread of the watchdog's own."""
+
+    def __init__(
+        self,
+        *,
+        rank: int,
+        world_size: int,
+        limit_seconds: float,
+        folder: Path | None,
+        board: Board | None,
+        leave: Callable[[int], object] = os._exit,
+        clock: Callable[[], float] = time.monotonic,
+        num_bytes: Callable[[], int] | None = None,
+    ) -> None:
+        """`folder` receives the stacks, standard error without one; a limit of 0 watches nothing. `board` is None where
+        there is one rank."""
+        self._rank, self._world_size = rank, world_size
+        self._limit = limit_seconds
+        self._folder = folder
+        self._board = board
+        self._leave = leave
+        self._clock = clock
+        self._num_bytes = num_bytes or bytes_moved
+        self._mark = Mark("starting", 0)
+        self._seen: Mark | None = None
+        self._bytes = 0
+        self._since = self._looked = clock()
+        self._pulse = 0
+        self._others: dict[str, str] | None = None
+        """What all ranks had told when this one was first found to wait, or None while it does not."""
+        self._others_since = 0.0
+        self._over = threading.Event()
+
+    def at(self, operation: str, step: int) -> None:
+        """Say what this rank does from now on; to be called at every beginning, as that is its progress."""
+        self._mark = Mark(operation, step)
+
+    def batches(self, batches: Iterator[Item], operation: str, step: int) -> Iterator[Item]:
+        """`batches`, for a reader that is in `operation` when it does not wait for them."""
+        while True:
+            self.at(WAITING, step)
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            self.at(operation, step)
+            yield batch
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        """Watch while the body runs."""
+        if self._limit <= 0:
+            yield
+            return
+        thread = threading.Thread(target=self._watch, name="megalm watchdog", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            self._over.set()
+
+    def _watch(self) -> None:
+        while not self._over.wait(min(5.0, self._limit / 10.0)):
+            self.look()
+
+    def look(self) -> None:
+        """Compare with the last look, and do what is due."""
+        now, mark, moved = self._clock(), self._mark, self._num_bytes()
+        was_stopped = now - self._looked > self._limit / 2.0  # This thread was: time begins anew.
+        self._looked = now
+        if was_stopped or mark is not self._seen or moved - self._bytes > NOTABLE_BYTES:
+            self._seen, self._bytes, self._since, self._others = mark, moved, now, None
+            self._pulse += 1
+            if self._board is not None:
+                self._board.put(f"mark/{self._rank}", f"{self._pulse} {mark.step} {mark.operation}")
+            return
+        if now - self._since < self._limit / 5.0:
+            return
+        # This rank waits. As long as another one moves on, it is right to; those are watched from here on.
+        told = self._told() or {}
+        if self._others is None or (told and told != self._others):
+            self._others, self._others_since = told, now
+        claimed = told.get("hang")
+        if claimed is not None and claimed != str(self._rank):
+            self._join_in()
+        elif now - self._others_since >= self._limit:
+            self._end()
+
+    def _told(self) -> dict[str, str] | None:
+        if self._board is None:
+            return None
+        return self._board.read(["hang", *(f"mark/{rank}" for rank in range(self._world_size))])
+
+    def _end(self) -> None:
+        """Report, unless another rank does."""
+        claimed = None if self._board is None else self._board.claim("hang", str(self._rank))
+        if claimed not in (None, str(self._rank)):
+            self._join_in()
+            return
+        where = self._write_stacks()
+        lines = self._report(self._answers(), where)
+        sys.stderr.write("".join(f"{PREFIX}{line}\n" for line in lines))
+        sys.stderr.flush()
+        self._leave(EXIT_HUNG)
+
+    def _join_in(self) -> None:
+        """Write this rank's stacks, and leave when the rank that reports has left."""
+        self._write_stacks()
+        assert self._board is not None
+        self._board.put(f"stacks/{self._rank}", self._words())
+        _hold_interpreter(int(self._seconds_for_stacks()) + SECONDS_AFTER)
+        self._leave(EXIT_HUNG)
+
+    def _seconds_for_stacks(self) -> float:
+        return min(MOST_SECONDS_FOR_STACKS, 1.0 + self._limit / 4.0)  # Watchdogs look every tenth of the limit.
+
+    def _answers(self) -> dict[int, str] | None:
+        """Where the ranks are whose watchdogs have written stacks; None if the store does not answer."""
+        found = {self._rank: self._words()}
+        deadline = time.monotonic() + self._seconds_for_stacks()
+        while self._board is not None and len(found) < self._world_size:
+            told = self._board.read([f"stacks/{rank}" for rank in range(self._world_size)])
+            if told is None:
+                return None
+            found.update((int(key.removeprefix("stacks/")), text) for key, text in told.items())
+            if time.monotonic() > deadline:
+                break
+            time.sleep(0.1)
+        return found
+
+    def _report(self, answers: dict[int, str] | None, where: Path | None) -> Iterator[str]:
+        yield (
+            f"error: no rank has got any further for {self._limit / 60.0:.3g} minutes, the limit of "
+            f"--hang-timeout-minutes; step {self._mark.step} is ended with exit code {EXIT_HUNG}"
+        )
+        if answers is None:
+            yield f"  rank {self._rank} says: the process at which ranks meet, rank 0 or its launcher, does not answer"
+            answers = {self._rank: self._words()}
+        else:
+            told = self._told() or {}
+            for rank in sorted(set(range(self._world_size)) - set(answers)):
+                _, step, operation = told.get(f"mark/{rank}", "0 0 nothing").split(" ", 2)
+                yield f"  rank {rank} does not answer; the last it told was {operation}, step {step}"
+        places: dict[str, list[int]] = defaultdict(list)
+        for rank, words in sorted(answers.items()):
+            places[words].append(rank)
+        for words, ranks in sorted(places.items(), key=lambda place: len(place[1])):
+            yield f"  {_ranks(ranks)}: {words}"
+        stacks = f"{where.parent}/rank_N.txt" if where is not None else "above, on each rank's standard error"
+        yield f"  stacks of those that answer: {stacks}"
+        yield "  start the run again with --load; a step, save or evaluation that takes longer needs a higher limit"
+
+    def _words(self) -> str:
+        """What this rank does, and where its first thread is in code that belongs to no library."""
+        frame = sys._current_frames().get(threading.main_thread().ident or 0)
+        while frame is not None and frame.f_code.co_filename.startswith(_LIBRARIES):
+            frame = frame.f_back
+        where = ""
+        if frame is not None:
+            where = f", in {frame.f_code.co_name} ({Path(frame.f_code.co_filename).name}:{frame.f_lineno})"
+        return f"{self._mark.operation}, step {self._mark.step}{where}"
+
+    def _write_stacks(self) -> Path | None:
+        """Write the stacks of all threads, to standard error where there is no folder to write to."""
+        if self._folder is not None:
+            path = self._folder / f"step{self._mark.step}" / f"rank_{self._rank}.txt"
+            with contextlib.suppress(OSError):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with path.open("w", encoding="utf-8") as file:
+                    file.write(f"rank {self._rank}: {self._words()}\n")
+                    file.flush()
+                    faulthandler.dump_traceback(file, all_threads=True)
+                return path
+        faulthandler.dump_traceback(sys.stderr, all_threads=True)
+        return None
+
+
+def build_watchdog(config: Config, topology: Topology) -> Watchdog:
+    """The watchdog of this rank.
+
+    Communicates: one all-gather of small objects over the world.
+    """
+    minutes, save = config.training.hang_timeout_minutes, config.output.save
+    board = None
+    if topology.world.size > 1 and minutes > 0:
+        # A store may serve several starts of a run, one after the other.
+        board = open_board(f"megalm/{exchange(secrets.token_hex(8), topology.world)[0]}")
+    return Watchdog(
+        rank=topology.world.rank,
+        world_size=topology.world.size,
+        limit_seconds=60.0 * minutes,
+        folder=None if save is None else Path(save) / "hangs",
+        board=board,
+    )
+
+
+def bytes_moved() -> int:
+    """Bytes that this process has read and written, as Linux counts them; 0 elsewhere."""
+    try:
+        lines = Path("/proc/self/io").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return 0
+    counts = dict(line.split(": ") for line in lines)
+    return int(counts.get("rchar", 0)) + int(counts.get("wchar", 0))
+
+
+def _hold_interpreter(seconds: int) -> None:
+    """Wait without letting any other thread of Python run: the one that trains would print that its peers are gone.
+
+    A signal ends the wait.
+    """
+    ctypes.PyDLL(None).sleep(seconds)
+
+
+def _ranks(ranks: Sequence[int]) -> str:
+    shown = ", ".join(map(str, ranks[:16])) + (f" and {len(ranks) - 16} more" if len(ranks) > 16 else "")
+    return f"rank{'s' if len(ranks) > 1 else ''} {shown}"

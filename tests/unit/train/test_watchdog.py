@@ -1,0 +1,183 @@
+"""When a watchdog ends a run, and what it says, by a clock and a board of the test's own."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from megalm.train import watchdog
+from megalm.train.watchdog import EXIT_HUNG, WAITING, Watchdog
+
+
+class Memory:
+    """A board that all watchdogs of a test share; silent while its process is stopped."""
+
+    def __init__(self) -> None:
+        self.texts: dict[str, str] = {}
+        self.is_silent = False
+
+    def put(self, key: str, text: str) -> bool | None:
+        if not self.is_silent:
+            self.texts[key] = text
+        return None if self.is_silent else True
+
+    def read(self, keys: Sequence[str]) -> dict[str, str] | None:
+        return None if self.is_silent else {key: self.texts[key] for key in keys if key in self.texts}
+
+    def claim(self, key: str, text: str) -> str | None:
+        return None if self.is_silent else self.texts.setdefault(key, text)
+
+
+class Left(Exception):
+    """Stands for the end of the process."""
+
+
+class Fleet:
+    """Watchdogs with a limit of 60 seconds and one clock."""
+
+    def __init__(self, world_size: int, folder: Path, *, board: Memory | None = None) -> None:
+        self.now, self.bytes = 0.0, [0] * world_size
+        self.board = board or Memory()
+        self.dogs = [
+            Watchdog(
+                rank=rank, world_size=world_size, limit_seconds=60.0, folder=folder, board=self.board,
+                leave=self._leave, clock=lambda: self.now, num_bytes=lambda rank=rank: self.bytes[rank],
+            )
+            for rank in range(world_size)
+        ]  # fmt: skip
+
+    def _leave(self, code: int) -> None:
+        assert code == EXIT_HUNG
+        raise Left
+
+    def pass_time(self, seconds: int, ranks: Sequence[int]) -> list[int]:
+        """Let time pass, with a look of the watchdogs of `ranks` at every fifth second; the ranks that left."""
+        left: list[int] = []
+        for _ in range(seconds // 5):
+            self.now += 5.0
+            for rank in [rank for rank in ranks if rank not in left]:
+                try:
+                    self.dogs[rank].look()
+                except Left:
+                    left.append(rank)
+        return left
+
+
+@pytest.fixture(autouse=True)
+def no_patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watchdog, "MOST_SECONDS_FOR_STACKS", 0.0)
+    monkeypatch.setattr(watchdog, "_hold_interpreter", lambda _: None)
+
+
+def test_one_rank_that_waits_is_named_with_what_it_waits_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fleet = Fleet(3, tmp_path)
+    monkeypatch.setattr(watchdog, "MOST_SECONDS_FOR_STACKS", 10.0)
+    joined: list[int] = []
+    monkeypatch.setattr(watchdog.time, "sleep", lambda _: joined.extend(fleet.pass_time(5, [1, 2])))
+    fleet.dogs[0].at("training", 7)
+    fleet.dogs[1].at(WAITING, 7)
+    fleet.dogs[2].at("training", 7)
+    assert fleet.pass_time(75, [0, 1, 2]) == []
+    assert fleet.pass_time(5, [0]) == [0]
+    assert joined[:2] == [1, 2]
+    said = capsys.readouterr().err
+    assert said.count("no rank has got any further for 1 minutes") == 1
+    assert "step 7 is ended with exit code 8" in said
+    assert re.search(r"  rank 1: waiting for data, step 7, in \w+ \(\w+.py:\d+\)\n", said)
+    assert re.search(r"  ranks? .*2: training, step 7, in \w+ \(\w+.py:\d+\)\n", said)
+    for rank in range(3):
+        text = (tmp_path / "step7" / f"rank_{rank}.txt").read_text()
+        assert text.startswith(f"rank {rank}: {'waiting for data' if rank == 1 else 'training'}, step 7, in ")
+        assert "in look" in text
+
+
+def test_a_rank_that_waits_for_one_that_moves_on_goes_on_waiting(tmp_path: Path) -> None:
+    fleet = Fleet(2, tmp_path)
+    for save in range(40):
+        fleet.dogs[1].at("saving", save)
+        assert fleet.pass_time(55, [0, 1]) == []
+    # The other one stops too.
+    assert fleet.pass_time(20, [0, 1]) == [0, 1]
+
+
+def test_megabytes_that_are_written_are_progress_and_a_trickle_adds_up(tmp_path: Path) -> None:
+    fleet = Fleet(2, tmp_path)
+    for _ in range(40):
+        fleet.bytes[0] += 100_000
+        assert fleet.pass_time(5, [0, 1]) == []
+    assert fleet.now == 200.0
+    assert sorted(fleet.pass_time(100, [0, 1])) == [0, 1]
+
+
+def test_a_rank_that_was_stopped_is_named_by_the_others(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    fleet = Fleet(3, tmp_path)
+    for dog in fleet.dogs:
+        dog.at("training", 3)
+    fleet.pass_time(5, [0, 1, 2])
+    assert fleet.pass_time(80, [0, 1]) == [0, 1]
+    said = capsys.readouterr().err
+    assert "  rank 2 does not answer; the last it told was training, step 3\n" in said
+    assert not (tmp_path / "step3" / "rank_2.txt").exists()
+
+
+def test_where_the_store_does_not_answer_every_rank_speaks_for_itself(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    fleet = Fleet(3, tmp_path)
+    fleet.pass_time(5, [0, 1, 2])
+    fleet.board.is_silent = True
+    assert fleet.pass_time(65, [1, 2]) == []
+    assert fleet.pass_time(15, [1, 2]) == [1, 2]
+    said = capsys.readouterr().err
+    for rank in (1, 2):
+        assert f"  rank {rank} says: the process at which ranks meet, rank 0 or its launcher, does not answer" in said
+
+
+def test_all_that_were_stopped_together_go_on(tmp_path: Path) -> None:
+    fleet = Fleet(2, tmp_path)
+    fleet.pass_time(40, [0, 1])
+    fleet.now += 3600.0  # Ctrl-Z, and later `fg`.
+    assert fleet.pass_time(40, [0, 1]) == []
+    for dog in fleet.dogs:
+        dog.at("training", 9)
+    assert fleet.pass_time(55, [0, 1]) == []
+
+
+def test_without_a_folder_stacks_go_to_standard_error(capfd: pytest.CaptureFixture) -> None:
+    fleet = Fleet(1, Path("/proc/nothing/can/be/made/here"))
+    assert fleet.pass_time(100, [0]) == [0]
+    said = capfd.readouterr().err
+    assert "in look" in said
+    assert "stacks of those that answer: above" in said
+
+
+def test_batches_pass_and_say_when_they_are_waited_for(tmp_path: Path) -> None:
+    (dog,) = Fleet(1, tmp_path).dogs
+
+    def source() -> object:
+        for number in range(2):
+            assert dog._mark == (WAITING, 4)
+            yield number
+
+    for number, got in enumerate(dog.batches(source(), "training", 4)):
+        assert got == number
+        assert dog._mark == ("training", 4)
+
+
+def test_a_limit_of_zero_watches_nothing(tmp_path: Path) -> None:
+    dog = Watchdog(rank=0, world_size=1, limit_seconds=0.0, folder=tmp_path, board=None)
+    with dog.watching():
+        assert dog._over.wait(0.2) is False
+    assert not any(tmp_path.iterdir())
+
+
+def test_it_counts_what_this_process_reads(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"a" * 3_000_000)
+    before = watchdog.bytes_moved()
+    (tmp_path / "a").read_bytes()
+    assert 3_000_000 <= watchdog.bytes_moved() - before < 3_100_000
