@@ -30,9 +30,9 @@ class TrainingConfig:
     exit_interval: int | None = option(None, doc="Save and stop at the first step that is a multiple of this.")
     exit_duration_minutes: float | None = option(None, doc="Save and stop at the first step past this many minutes.")
     hang_timeout_minutes: float = option(
-        9.0,
+        10.0,
         doc="End the run, and report every rank's stacks, when no rank has got any further for so many minutes: no "
-        "micro-batch, no megabyte of a save. 0 does not watch. NCCL gives up after 10.",
+        "micro-batch, no megabyte of a save. 0 does not watch.",
     )
     kill_switch_path: str | None = option(None, doc="Save and stop when this file exists.")
     seed: int = option(1234, doc="Seed of initial weights, sample order and dropout.")

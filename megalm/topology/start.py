@@ -109,6 +109,18 @@ def start(launch: Launch, *, tp: int, pp: int, backend: str = "auto", timeout_mi
     return Topology.build(layout, rank=launch.rank, local_rank=launch.local_rank, device=device)
 
 
+def allow_collectives(minutes: float) -> None:
+    """Give collectives of all groups that there are so long, in place of torch's 10 minutes on GPUs and 30 on CPUs: the
+    watchdog is to speak before torch ends one process without a word about the others."""
+    from torch.distributed import distributed_c10d
+
+    groups = getattr(distributed_c10d, "_world", None)
+    set_timeout = getattr(distributed_c10d, "_set_pg_timeout", None)  # private in torch 2.7 to 2.13
+    if groups is not None and set_timeout is not None:
+        for group in list(groups.pg_map):
+            set_timeout(timedelta(minutes=minutes), group)
+
+
 def open_board(prefix: str) -> StoreBoard:
     """What ranks tell each other, over the store at which the launcher had them meet; `prefix` is this run's alone."""
     return StoreBoard(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), prefix=prefix)

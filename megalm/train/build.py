@@ -113,9 +113,7 @@ def prepare(config: Config) -> Plan:
 def running(plan: Plan) -> Iterator[Run]:
     """Join the other processes, build the run, and take both down again however it ends."""
     parallel = plan.config.parallel
-    # A collective that nobody joins ends after the watchdog has told who is where.
-    patience = max(30.0, plan.config.training.hang_timeout_minutes + 5.0)
-    topology = start(plan.launch, tp=parallel.tp, pp=parallel.pp, backend=parallel.backend, timeout_minutes=patience)
+    topology = start(plan.launch, tp=parallel.tp, pp=parallel.pp, backend=parallel.backend)
     try:
         with only_saver(plan.config, topology):
             run = build(plan, topology)

@@ -27,7 +27,7 @@ from megalm.config.root import Config
 from megalm.telemetry.console import PREFIX
 from megalm.topology.agree import exchange
 from megalm.topology.board import Board
-from megalm.topology.start import open_board
+from megalm.topology.start import allow_collectives, open_board
 from megalm.topology.topology import Topology
 
 Item = TypeVar("Item")
@@ -235,6 +235,7 @@ def build_watchdog(config: Config, topology: Topology) -> Watchdog:
     minutes, save = config.training.hang_timeout_minutes, config.output.save
     board = None
     if topology.world.size > 1 and minutes > 0:
+        allow_collectives(2.0 * minutes + 10.0)
         # A store may serve several starts of a run, one after the other.
         board = open_board(f"megalm/{exchange(secrets.token_hex(8), topology.world)[0]}")
     return Watchdog(
