@@ -110,6 +110,7 @@ class Watchdog:
             yield
         finally:
             self._over.set()
+            thread.join(timeout=1.0)  # What it tells others would end in warnings, once their store is gone.
 
     def _watch(self) -> None:
         while not self._over.wait(min(5.0, self._limit / 10.0)):
