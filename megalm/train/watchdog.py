@@ -142,7 +142,9 @@ class Watchdog:
     def _told(self) -> dict[str, str] | None:
         if self._board is None:
             return None
-        return self._board.read(["hang", *(f"mark/{rank}" for rank in range(self._world_size))])
+        claimed = self._board.read(["hang"])
+        marks = self._board.read([f"mark/{rank}" for rank in range(self._world_size)])
+        return None if claimed is None or marks is None else {**claimed, **marks}
 
     def _end(self) -> None:
         """Report, unless another rank does."""
