@@ -24,7 +24,7 @@ from megalm.kernels.bias_gelu.gated import bias_glu
 from megalm.kernels.cross_entropy.torch_rows import TorchRows
 from megalm.kernels.dropout_add import oracle as dropout_oracle
 from megalm.kernels.gelu_linear import cublaslt
-from megalm.kernels.gelu_linear.oracle import TorchGeluLinear
+from megalm.kernels.gelu_linear.operations import BY_NAME
 from megalm.kernels.layer_norm import apex_norm, oracle, torch_native
 from megalm.kernels.linear import onednn
 from megalm.kernels.linear.torch_native import TorchLinear
@@ -32,6 +32,7 @@ from megalm.kernels.rotary.oracle import rotary, rotary_angles
 from megalm.kernels.softmax.oracle import scale_mask_softmax
 from megalm.parallel.cross_entropy import vocab_parallel_cross_entropy
 from megalm.parallel.head_loss import head_cross_entropy
+from megalm.parallel.linear import gelu_mlp
 from megalm.topology.group import SOLO
 
 EPS = 1e-5
@@ -201,46 +202,28 @@ def _mlp(device: torch.device, rows: int, width: int) -> Comparison:
         y: Tensor = functional.linear(activation(functional.linear(x, up), bias), down)
         return y
 
-    def inside(kernel: Any, x: Tensor, up: Tensor, down: Tensor, bias: Tensor) -> Tensor:
-        y: Tensor = _MlpOf.apply(x, up, down, bias, kernel)
-        return y
+    def inside(kernel: str, x: Tensor, up: Tensor, down: Tensor, bias: Tensor) -> Tensor:
+        return gelu_mlp(x, up, bias, down, kernel=kernel)
 
     sides: Sides = {
         side: functools.partial(apart, f)
         for side, f in _triton(device, "bias_gelu.triton_activation", "bias_gelu", side="megalm separate").items()
     }
     if device.type == "cuda" and cublaslt.obstacle(device) is None:
-        for choice in range(SUGGESTIONS):
-            kernel = cublaslt.CublasLtGeluLinear(choice=choice)
-            sides[f"megalm cublaslt, suggestion {choice + 1}"] = functools.partial(inside, kernel)
-        apart_sum = cublaslt.CublasLtGeluLinear(sums_bias=False)
-        sides["megalm cublaslt, bias's gradient apart"] = functools.partial(inside, apart_sum)
+        timed = {
+            f"cublaslt, suggestion {choice + 1}": cublaslt.CublasLtGeluLinear(choice=choice)
+            for choice in range(SUGGESTIONS)
+        } | {"cublaslt, bias's gradient apart": cublaslt.CublasLtGeluLinear(sums_bias=False)}
+        BY_NAME.update(timed)
+        sides |= {f"megalm {name}": functools.partial(inside, name) for name in timed}
     written_out = functools.partial(apart, eager.bias_gelu)
     sides |= {
-        "megalm torch": functools.partial(inside, TorchGeluLinear()),
+        "megalm torch": functools.partial(inside, "torch"),
         "torch": written_out,
         **_compiled(written_out, device),
     }
     operations = 6.0 * rows * 2 * width * 4 * width
     return Comparison("MLP", f"{rows} x {width}", rows, make, sides, written_out, flops=operations)
-
-
-class _MlpOf(torch.autograd.Function):
-    """An MLP of the kernel that is given, for kernels that a run does not know by name."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, up: Tensor, down: Tensor, bias: Tensor, kernel: Any) -> Tensor:
-        activated, inner = kernel.forward(x, up, bias)
-        ctx.kernel = kernel
-        ctx.save_for_backward(x, up, down, activated, inner)
-        return functional.linear(activated, down)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (grad,) = grads
-        x, up, down, activated, inner = ctx.saved_tensors
-        wide, grad_bias = ctx.kernel.backward(grad, down, inner)
-        return wide @ up, wide.t() @ x, grad.t() @ activated, grad_bias, None
 
 
 def _gated(device: torch.device, rows: int, width: int) -> Comparison:

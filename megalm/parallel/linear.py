@@ -184,19 +184,18 @@ class _ActivatedLinear(torch.autograd.Function):
         return *given, grad_weight, None, None, None
 
 
-def gelu_mlp(x: Tensor, up: ColumnParallelLinear, down: RowParallelLinear, *, kernel: str) -> Tensor:
-    """gelu(x A^T + a) B^T of two layers on one tensor-parallel rank, the GELU inside the products; without B's bias.
+def gelu_mlp(x: Tensor, up: Tensor, bias: Tensor, down: Tensor, *, kernel: str) -> Tensor:
+    """`linear` of gelu(x W^T + bias) on one tensor-parallel rank, the GELU inside the products; no bias comes after.
 
     Weights' gradients go to their `GradientSum`s, if they have them. `kernel` names a `GeluLinearKernel`.
 
-    Shapes: x [..., in] -> [..., out].
+    Shapes: x [..., in], up (W) [f, in], bias [f], down [out, f] -> [..., out].
     """
-    assert up.tp.size == down.tp.size == 1, "the GELU inside the products is for one tensor-parallel rank"
     totals: list[Tensor | None] = [None, None]
     if torch.is_grad_enabled():
-        sums = (getattr(layer.weight, "gradient_sum", None) for layer in (up, down))
+        sums = (getattr(weight, "gradient_sum", None) for weight in (up, down))
         totals = [None if found is None else found.total for found in sums]
-    y: Tensor = _GeluMlp.apply(x, up.weight, up.added_bias(), down.weight, *totals, kernel)
+    y: Tensor = _GeluMlp.apply(x, up, bias, down, *totals, kernel)
     return y
 
 

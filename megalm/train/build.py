@@ -33,7 +33,6 @@ from megalm.models.gpt.plan import DocumentRules
 from megalm.models.gpt.weights import FIRST_BLOCK_LAYER
 from megalm.parallel.random import RngStreams
 from megalm.telemetry.console import Console
-from megalm.telemetry.metrics import Sink
 from megalm.tokenizers.build import build_tokenizer
 from megalm.tokenizers.protocol import Tokenizer
 from megalm.topology.agree import exchange, together
@@ -49,7 +48,7 @@ from megalm.train.gradient_sums import GradientSums
 from megalm.train.kernel_choice import choose_on_all_ranks
 from megalm.train.loop import Run
 from megalm.train.optimizer import build_optimizer
-from megalm.train.samples import check_samples_left, sample_counts, steps_left
+from megalm.train.samples import check_samples_left, sample_counts
 from megalm.train.saver import Saver
 from megalm.train.schedule import BatchSize, LearningRate
 from megalm.train.sinks import build_profiler, open_sinks
@@ -181,9 +180,8 @@ def build(plan: Plan, topology: Topology) -> Run:
     if trained is not None:
         check_samples_left(config, trained, state, dp_size=topology.dp.size)
 
-    def open_own_sinks() -> list[Sink]:
-        continues = saver.saved_step == state.step
-        return open_sinks(config, topology, console, resumed_step=state.step, continues_save=continues)
+    continues_save = saver.saved_step == state.step
+    opened = partial(open_sinks, config, topology, console, resumed_step=state.step, continues_save=continues_save)
 
     def batches_from(consumed_samples: int) -> Iterator[Batch]:
         return _feed(plan, topology, datasets.train, consumed_samples=consumed_samples)
@@ -199,7 +197,7 @@ def build(plan: Plan, topology: Topology) -> Run:
         batches_from=batches_from,
         validation=_evaluator(plan, topology, datasets.valid),
         test=_evaluator(plan, topology, datasets.test),
-        total_steps=state.step + steps_left(config.training, batch_size, state),
+        total_steps=state.step + batch_size.steps_of(config.training, step=state.step, consumed=state.consumed_samples),
         saver=saver,
         stop=StopRequest(
             exit_interval=config.training.exit_interval,
@@ -207,7 +205,7 @@ def build(plan: Plan, topology: Topology) -> Run:
             kill_switch_path=config.training.kill_switch_path,
         ),
         console=console,
-        sinks=together(topology, open_own_sinks),
+        sinks=together(topology, opened),
         watchdog=build_watchdog(config, topology),
         profiler=build_profiler(config, topology, console),
         compile_watch=compile_watch,

@@ -96,8 +96,8 @@ def train(run: Run) -> int:
         stop_if_diverged(run, metrics)
         if _is_due(run.state, run.config.training.eval_interval) or run.is_complete:
             evaluate(run, run.validation)
-        run.watchdog.at("saving", run.state.step)
         if _is_due(run.state, run.config.output.save_interval):
+            run.watchdog.at("saving", run.state.step)
             run.saver.save(run.state)
         run.saver.poll()
         run.watchdog.at("agreeing on whether to go on", run.state.step)

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 
 from megalm.config.root import Config
 from megalm.config.step_ranges import parse_step_ranges
-from megalm.config.training import TrainingConfig
 from megalm.data.build import Datasets, build_datasets
 from megalm.data.source import SampleSource
 from megalm.errors import ConfigError
@@ -45,7 +44,8 @@ def check_samples_left(config: Config, source: SampleSource, state: TrainState, 
     """
     training = config.training
     batch_size = BatchSize.from_config(training, dp_size=dp_size)
-    last = batch_size.samples_for(steps_left(training, batch_size, state), consumed=state.consumed_samples)
+    steps = batch_size.steps_of(training, step=state.step, consumed=state.consumed_samples)
+    last = batch_size.samples_for(steps, consumed=state.consumed_samples)
     if last > len(source):
         raise ConfigError(
             f"the run would read {last:,} samples, of which {state.consumed_samples:,} are read already, and has "
@@ -53,13 +53,6 @@ def check_samples_left(config: Config, source: SampleSource, state: TrainState, 
             f"  training.global_batch_size = {batch_size.final}, and the checkpoint was trained with another\n"
             "  give the batch that it was trained with, or --train-samples with --override-lr-scheduler"
         )
-
-
-def steps_left(training: TrainingConfig, batch_size: BatchSize, state: TrainState) -> int:
-    """Steps from `state` to the end of the run, whatever batch it had before."""
-    if training.train_samples is not None:
-        return batch_size.steps_for(training.train_samples, consumed=state.consumed_samples)
-    return max(0, (training.train_iters or 0) - state.step)
 
 
 def total_steps(config: Config, *, dp_size: int) -> int:

@@ -97,11 +97,11 @@ class BatchSize:
             steps += 1
         return steps + max(0, -(-(samples - consumed) // self.final))
 
-    def steps_of(self, training: TrainingConfig) -> int:
-        """Steps of the whole run, however its length was given."""
+    def steps_of(self, training: TrainingConfig, *, step: int = 0, consumed: int = 0) -> int:
+        """Steps of the whole run, however its length was given; those after `step`, with the batch that it has now."""
         if training.train_samples is not None:
-            return self.steps_for(training.train_samples)
-        return training.train_iters or 0
+            return self.steps_for(training.train_samples, consumed=consumed)
+        return max(0, (training.train_iters or 0) - step)
 
     def samples_for(self, steps: int, *, consumed: int = 0) -> int:
         """Samples that are consumed `steps` steps after `consumed`."""

@@ -42,8 +42,8 @@ def open_sinks(
             "  pass --save or --metrics-path"
         )
     aside = None
-    if path is not None and output.metrics_path is None and resumed_step > 0 and not continues_save:
-        aside = None if config.training.eval_only else set_aside(path, resumed_step + 1)
+    if path is not None and output.metrics_path is None and taken_back_to and not continues_save:
+        aside = set_aside(path, taken_back_to + 1)
     if aside is not None:
         console.warning(
             f"{path} has steps of another run, as this one goes on from a checkpoint elsewhere: it is {aside.name} now"

@@ -95,7 +95,6 @@ class Product:
     def __init__(self, host: Host, shape: Shape, *, choice: int = 0) -> None:
         self._host = host
         self._shape = shape
-        call = self._call
         self._description = self._created("cublasLtMatmulDescCreate", ctypes.c_int(_COMPUTE_32F), ctypes.c_int(_R_32F))
         self._set(_TRANSPOSE_A, ctypes.c_int32(shape.transposes_a))
         self._set(_EPILOGUE, ctypes.c_uint32(shape.epilogue))
@@ -115,7 +114,7 @@ class Product:
             ctypes.c_void_p(host.handle()), self._description, self._a, self._b, self._d, self._d, preference,
             ctypes.c_int(choice + 1), found, ctypes.byref(number),
         )  # fmt: skip
-        call("cublasLtMatmulPreferenceDestroy", preference)
+        self._call("cublasLtMatmulPreferenceDestroy", preference)
         if status or number.value <= choice or found[choice].state:
             raise KernelError(
                 f"cuBLASLt has no algorithm for {shape} (status {status}, {number.value} suggestions)\n"

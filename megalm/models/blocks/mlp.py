@@ -40,7 +40,9 @@ class ParallelMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.gelu_linear is not None:
-            return gelu_mlp(x, self.dense_h_to_4h, self.dense_4h_to_h, kernel=self.gelu_linear)  # -> [s, b, h]
+            up, down = self.dense_h_to_4h, self.dense_4h_to_h
+            assert up.tp.size == 1, "the GELU inside the products is for one tensor-parallel rank"
+            return gelu_mlp(x, up.weight, up.added_bias(), down.weight, kernel=self.gelu_linear)  # -> [s, b, h]
         wide, bias = self.dense_h_to_4h(x), self.dense_h_to_4h.added_bias()  # -> [s, b, f/t]
         if self.training and self.recomputes_activation:
             return self.dense_4h_to_h.after_activation(self.bias_gelu, wide, bias)  # -> [s, b, h]

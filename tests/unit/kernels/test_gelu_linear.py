@@ -215,7 +215,7 @@ def test_the_mlp_has_the_gradients_of_its_parts_written_out(compiled: bool) -> N
     x = torch.randn(3, 5, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1), requires_grad=True)
 
     def fused(x: Tensor) -> Tensor:
-        return gelu_mlp(x, up, down, kernel="torch")
+        return gelu_mlp(x, up.weight, up.added_bias(), down.weight, kernel="torch")
 
     run = torch.compile(fused, backend="aot_eager", fullgraph=True) if compiled else fused
     y, wanted = run(x), down(bias_gelu(up(x), up.added_bias()))
@@ -230,13 +230,15 @@ def test_the_mlp_has_the_gradients_of_its_parts_written_out(compiled: bool) -> N
 def test_weights_gradients_go_to_their_sums(compiled: bool) -> None:
     both = up, down = layers(torch.float32)
     x = torch.randn(6, 16, generator=torch.Generator().manual_seed(1), requires_grad=True)
-    _, up_gradient, bias_gradient, down_gradient = gradients_of(both, gelu_mlp(x, up, down, kernel="torch"), x)
+    _, up_gradient, bias_gradient, down_gradient = gradients_of(
+        both, gelu_mlp(x, up.weight, up.added_bias(), down.weight, kernel="torch"), x
+    )
     sums = [torch.full_like(layer.weight, 2.0) for layer in both]
     for layer, total in zip(both, sums, strict=True):
         give_gradient_sum(layer.weight, GradientSum(total, TorchGradientSum()))
 
     def fused(x: Tensor) -> Tensor:
-        return gelu_mlp(x, up, down, kernel="torch")
+        return gelu_mlp(x, up.weight, up.added_bias(), down.weight, kernel="torch")
 
     run = torch.compile(fused, backend="aot_eager", fullgraph=True) if compiled else fused
     for _ in range(2):  # Two micro-batches.
@@ -255,12 +257,12 @@ def test_what_needs_no_gradient_gets_none() -> None:
     up, down = layers(torch.float32)
     x = torch.randn(6, 16)
     up.weight.requires_grad_(False)
-    gelu_mlp(x, up, down, kernel="torch").sum().backward()
+    gelu_mlp(x, up.weight, up.added_bias(), down.weight, kernel="torch").sum().backward()
     assert up.weight.grad is None
     assert up.added_bias().grad is not None
     assert down.weight.grad is not None
     with torch.no_grad():
-        assert not gelu_mlp(x, up, down, kernel="torch").requires_grad
+        assert not gelu_mlp(x, up.weight, up.added_bias(), down.weight, kernel="torch").requires_grad
 
 
 @pytest.mark.skipif(not ON_GPU, reason="needs a CUDA device: cuBLASLt itself")

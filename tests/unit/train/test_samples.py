@@ -2,9 +2,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from megalm.train.samples import sample_counts, samples_of_steps, steps_left
+from megalm.train.samples import sample_counts, samples_of_steps
 from megalm.train.schedule import BatchSize
-from megalm.train.state import TrainState
 from tests.support.checkpoints import bloom_config
 
 
@@ -24,9 +23,9 @@ def test_steps_of_a_ramped_run_consume_every_sample_once() -> None:
 def test_steps_left_are_of_the_present_batch_whatever_the_run_had_before() -> None:
     training = replace(bloom_config().training, train_iters=None, train_samples=68)
     larger, smaller = (BatchSize(final=size, start=size, increment=0, ramp_samples=0) for size in (4, 1))
-    assert steps_left(training, larger, TrainState(step=8, consumed_samples=16)) == 13
-    assert steps_left(training, smaller, TrainState(step=8, consumed_samples=16)) == 52
-    assert steps_left(training, larger, TrainState(step=99, consumed_samples=70)) == 0
+    assert larger.steps_of(training, step=8, consumed=16) == 13
+    assert smaller.steps_of(training, step=8, consumed=16) == 52
+    assert larger.steps_of(training, step=99, consumed=70) == 0
     counted = replace(training, train_iters=20, train_samples=None)
-    assert steps_left(counted, larger, TrainState(step=8, consumed_samples=16)) == 12
-    assert steps_left(counted, larger, TrainState(step=21, consumed_samples=16)) == 0
+    assert larger.steps_of(counted, step=8, consumed=16) == 12
+    assert larger.steps_of(counted, step=21, consumed=16) == 0
