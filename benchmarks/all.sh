@@ -7,7 +7,7 @@
 # On one Hopper GPU all of it takes about 20 minutes; PARTS="tests kernels small large" chooses among the parts.
 # PARTS=marks times the trainer beside each peer where docs/performance.md compares them, in about 7 minutes.
 # PARTS=largest trains the largest models beside the plain GPT in its arithmetic, all in bf16.
-# PARTS=candidates tests and times kernels that `auto` does not take yet beside those it takes, in about 4.
+# PARTS=candidates tests and times the kernels that `auto` tries before a run, by name and by its choice, in about 5.
 set -uo pipefail
 case ${1:-} in
     -h | --help) sed -n '2,10s/^# \{0,1\}//p' "$0"; exit 0 ;;
@@ -79,10 +79,13 @@ for part in $parts; do
         candidates)
             few=(--warmup-steps 2 --steps 5)
             run tests-candidates "$python" -m pytest -v -s tests/unit/kernels/test_gelu_linear.py \
-                tests/unit/kernels/test_adamw.py
+                tests/unit/kernels/test_adamw.py tests/unit/kernels/test_trial.py
             run kernels-candidates "$python" benchmarks/kernels.py --only MLP AdamW
-            mark 1b7-separate bloom-1b7 --peer plain-compile --micro-batch-sizes 8 "${few[@]}" output.gelu_linear=separate
-            mark 1b7-cublaslt bloom-1b7 --micro-batch-sizes 8 "${few[@]}" output.gelu_linear=cublaslt
+            mark 1b7-separate bloom-1b7 --peer plain-compile --micro-batch-sizes 8 "${few[@]}" \
+                output.gelu_linear=separate output.adamw=torch
+            mark 1b7-auto bloom-1b7 --micro-batch-sizes 8 "${few[@]}"
+            mark 1b7-cublaslt bloom-1b7 --micro-batch-sizes 8 "${few[@]}" output.gelu_linear=cublaslt \
+                output.adamw=torch
             mark 1b7-adamw bloom-1b7 --micro-batch-sizes 8 "${few[@]}" output.gelu_linear=cublaslt output.adamw=triton
             ;;
     esac

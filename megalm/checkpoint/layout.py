@@ -13,6 +13,8 @@ LATEST_UNIVERSAL = "latest_universal"
 TRAIN_STATE = "train_state.json"
 CONFIG = "config.yaml"
 MANIFEST = "manifest.json"
+KERNELS = "kernels.json"
+"""What a run found when it tried kernels, beside its checkpoints."""
 
 TOKENIZER = "tokenizer"
 """Folder beside an imported checkpoint with its tokenizer's files."""

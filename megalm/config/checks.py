@@ -277,11 +277,10 @@ def _precision(config: Config) -> Iterator[Failure]:
         )
 
 
-def _gelu_linear(config: Config) -> Iterator[Failure]:
-    name, model, parallel = config.output.gelu_linear, config.model, config.parallel
-    if name in ("auto", "separate"):
-        return
-    needs = (
+def gelu_linear_needs(config: Config, name: str) -> tuple[tuple[str, bool, str], ...]:
+    """What the kernel `name` needs to have the GELU inside the MLP's products: fields, whether they fit, what would."""
+    model, parallel = config.model, config.parallel
+    return (
         ("model.activation", model.activation == "gelu_tanh", "gelu_tanh"),
         ("model.glu_activation", model.glu_activation is None, "no gate"),
         ("parallel.tp", parallel.tp == 1, "1"),
@@ -290,7 +289,13 @@ def _gelu_linear(config: Config) -> Iterator[Failure]:
         ("output.linear", config.output.linear in ("auto", "torch"), "torch"),
         ("training.dtype", name != "cublaslt" or config.training.dtype != "fp32", "bf16 or fp16"),
     )
-    for path, holds, wanted in needs:
+
+
+def _gelu_linear(config: Config) -> Iterator[Failure]:
+    name = config.output.gelu_linear
+    if name in ("auto", "separate"):
+        return
+    for path, holds, wanted in gelu_linear_needs(config, name):
         if not holds:
             yield Failure(
                 f"{set_to(config, 'output.gelu_linear')} needs {path} = {wanted}, not {config.get(path)}",

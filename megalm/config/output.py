@@ -81,7 +81,8 @@ class OutputConfig:
     gelu_linear: str = option(
         "auto",
         doc="The MLP's products and its GELU: auto, separate (bias-GeLU between them), cublaslt (the GELU inside them; "
-        "NVIDIA GPUs, 16 bits, one tensor-parallel rank), torch (the reference of that). auto takes separate.",
+        "NVIDIA GPUs, 16 bits, one tensor-parallel rank), torch (the reference of that). auto tries cublaslt on Hopper "
+        "and newer GPUs before the run, and takes it where it is faster; separate elsewhere.",
     )
     dropout_add: str = option(
         "auto",
@@ -90,7 +91,7 @@ class OutputConfig:
     adamw: str = option(
         "auto",
         doc="AdamW in bf16 with ZeRO-0 or 1: auto, torch, triton (one pass over weights, moments and sums; GPUs). auto "
-        "takes torch.",
+        "tries triton on Hopper and newer GPUs before the run, and takes it where it is faster; torch elsewhere.",
         choices=("auto", "torch", "triton"),
     )
     head: str = option(

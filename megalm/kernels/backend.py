@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -42,6 +42,13 @@ class Choice:
 
     name: str
     implementation: Any
+    reason: str
+
+
+class Verdict(NamedTuple):
+    """Whether a kernel that was tried on this device is to be taken, and why, in words for the log."""
+
+    is_better: bool
     reason: str
 
 
@@ -194,6 +201,9 @@ RUNS_EVERYWHERE = {
 }
 """What an operation takes where the best that there is does not run, or not on every rank."""
 
+CHALLENGERS = {"gelu_linear": "cublaslt", "adamw": "triton"}
+"""Implementations that `auto` takes only where a contest on this device finds them better."""
+
 COMPILED_HERE = ("triton", "flex")
 """Implementations that `auto` takes only if they pass `self_check`."""
 
@@ -208,18 +218,24 @@ def choose(
     dtype: torch.dtype | None = None,
     hidden_size: int = 1024,
     gate: str = "swiglu",
+    contest: Callable[[], Verdict] | None = None,
 ) -> Choice:
     """The implementation of an operation (attention, layer_norm, ...) that `requested` names, or `auto` finds best.
 
     Build one choice and share it between the layers: an attention core caches its bias. `use` is what the model asks of
     its attention core; without it, `auto` takes one that serves every model. `drops` tells whether dropout_add has
     anything to drop, `dtype` what activations are; with the hidden size and the gate they decide what is checked.
+    `contest` tries the operation's challenger; without one, `auto` does not take it.
 
     Raises: KernelError if `requested` is not known or cannot run on `device`, or cannot serve the model.
     """
     candidates = _CANDIDATES[operation]
     if requested == "auto":
         name, reason = _preference(operation, device, use, drops, dtype)
+        if contest is not None:
+            challenger = CHALLENGERS[operation]
+            verdict = contest()
+            name, reason = challenger if verdict.is_better else name, f"{challenger}: {verdict.reason}"
         implementation = candidates[name].build()
         if name in COMPILED_HERE:
             demand = self_check.Demand(dtype, use, hidden_size, gate, drops)
@@ -256,6 +272,11 @@ def choose_layer_norm_and_pass(layer_norm: str) -> LayerNormAndPassKernel | None
     return layer_norm_and_pass
 
 
+def obstacle_of(operation: str, name: str, device: torch.device) -> str | None:
+    """Why an implementation cannot run on `device`, or None."""
+    return _CANDIDATES[operation][name].obstacle(device)
+
+
 def _obstacle(candidate: _Candidate, device: torch.device, use: AttentionUse | None) -> str | None:
     misfit = candidate.misfit(use) if candidate.misfit is not None and use is not None else None
     return candidate.obstacle(device) or misfit
@@ -276,7 +297,7 @@ def _preference(
             return "onednn", "MKL leaves half of this processor's vector width unused, oneDNN does not"
         return "torch", "torch's own matrix products"
     if operation == "gelu_linear":
-        return "separate", "products with the GELU inside have not been measured to be faster"
+        return "separate", "products with the GELU inside are taken where they are measured to be faster"
     if operation == "gelu_erf":
         return "torch", "the erf GELU has one implementation"
     if operation == "head":
@@ -287,7 +308,7 @@ def _preference(
             )
         return "chunked", "the logits of all tokens are never in memory"
     if operation == "adamw":
-        return "torch", "torch's fused AdamW; triton's one pass is taken by name until it has been measured"
+        return "torch", "torch's fused AdamW; one pass is taken where it is measured to be faster"
     if operation == "attention":
         return preferred_core(device, use)
     on_gpu = _triton_obstacle(device) is None

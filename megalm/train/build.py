@@ -39,6 +39,7 @@ from megalm.topology.agree import exchange, together
 from megalm.topology.start import Launch, device_type, start, stop
 from megalm.topology.topology import Topology
 from megalm.train.compile import compile_blocks
+from megalm.train.contests import Contests
 from megalm.train.continuing import check_save_folder, only_saver
 from megalm.train.cuda_graph import MicroBatchGraph, choose_cuda_graph
 from megalm.train.dry_run import look
@@ -227,18 +228,23 @@ def _build_module(plan: Plan, topology: Topology, streams: RngStreams, console: 
     """The whole model on one stage for ZeRO-2 and 3, otherwise this rank's pipeline stage; its attention's name."""
     config = plan.config
     documents = _document_rules(plan)
+    dtype = TORCH_DTYPES[config.training.dtype]
+    contests = Contests(config, topology.device, dtype=dtype)
     kernels, names = choose_on_all_ranks(
         _requested_kernels(config),
         lambda names: choose_kernels(
             config.model,
             device=topology.device,
-            dtype=TORCH_DTYPES[config.training.dtype],
+            dtype=dtype,
             documents=documents,
+            gelu_contest=contests.gelu_linear(),
             **names,
         ),
         topology=topology,
         console=console,
     )
+    if topology.world.is_first:
+        contests.record(names)
     model_plan = plan_gpt(
         config.model,
         seq_length=config.data.seq_length,
@@ -295,6 +301,7 @@ def _stages(plan: Plan) -> list[range]:
         device=device,
         dtype=TORCH_DTYPES[config.training.dtype],
         documents=documents,
+        gelu_contest=None,
         **named,
     )
     if config.parallel.zero_stage >= 2:
@@ -343,13 +350,22 @@ def _choose_update_kernels(config: Config, topology: Topology, console: Console)
 
     def choose_them(names: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, Choice]]:
         choices = {
-            operation: choose(operation, name, topology.device, hidden_size=config.model.hidden_size)
+            operation: choose(
+                operation,
+                name,
+                topology.device,
+                hidden_size=config.model.hidden_size,
+                contest=contests.adamw() if operation == "adamw" else None,
+            )
             for operation, name in names.items()
         }
         return {operation: choice.implementation for operation, choice in choices.items()}, choices
 
     requested = {"gradient_sum": "auto", "adamw": config.output.adamw}
-    kernels, _ = choose_on_all_ranks(requested, choose_them, topology=topology, console=console)
+    contests = Contests(config, topology.device, dtype=TORCH_DTYPES[config.training.dtype])
+    kernels, names = choose_on_all_ranks(requested, choose_them, topology=topology, console=console)
+    if topology.world.is_first:
+        contests.record(names)
     return kernels
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -9,7 +10,8 @@ import torch
 
 from megalm.config.model import ModelConfig
 from megalm.kernels.attention.suitability import AttentionUse
-from megalm.kernels.backend import Choice, choose, choose_add_layer_norm, choose_layer_norm_and_pass
+from megalm.kernels.backend import Choice, Verdict, choose, choose_add_layer_norm, choose_layer_norm_and_pass
+from megalm.kernels.bias_gelu.protocol import BiasGeluKernel
 from megalm.kernels.linear.torch_native import TorchLinear
 from megalm.models.blocks.arrangement import Kernels, Spread
 from megalm.models.gpt.model import GPT
@@ -36,10 +38,12 @@ def choose_kernels(
     dropout_add: str = "auto",
     dtype: torch.dtype | None = None,
     documents: DocumentRules | None = None,
+    gelu_contest: Callable[[BiasGeluKernel], Verdict] | None = None,
 ) -> tuple[Kernels, dict[str, Choice]]:
     """The kernels that the names ask for, and each choice with its reason, for the log.
 
-    Without `dtype`, that of activations, kernels are taken that serve every type.
+    Without `dtype`, that of activations, kernels are taken that serve every type. `gelu_contest` tries the GELU inside
+    the MLP's products against the kernel between them.
     Raises: KernelError if one is asked for by name and cannot run.
     """
     use = None
@@ -55,7 +59,6 @@ def choose_kernels(
     choices = {
         "attention": choose_for("attention", attention, use=use),
         "layer_norm": choose_for("layer_norm", layer_norm),
-        "gelu_linear": choose_for("gelu_linear", gelu_linear),
         "linear": choose_for("linear", linear),
         "head": choose_for("head", head),
         "dropout_add": choose_for("dropout_add", dropout_add, drops=model.hidden_dropout > 0.0),
@@ -65,6 +68,8 @@ def choose_kernels(
         choices["bias_gelu"] = Choice(glu.name, glu.implementation(model.glu_activation), glu.reason)
     else:
         choices["bias_gelu"] = choose_for("gelu_erf" if model.activation == "gelu_erf" else "bias_gelu", bias_gelu)
+    contest = None if gelu_contest is None else partial(gelu_contest, choices["bias_gelu"].implementation)
+    choices["gelu_linear"] = choose_for("gelu_linear", gelu_linear, contest=contest)
     chosen = {name: choice.implementation for name, choice in choices.items()}
     if chosen["gelu_linear"] is not None:  # Modules call it by its name, which a compiled graph can hold.
         chosen["gelu_linear"] = choices["gelu_linear"].name
