@@ -18,7 +18,7 @@ from megalm.kernels.backend import choose
 from megalm.kernels.bias_gelu.eager import bias_gelu
 from megalm.kernels.gelu_linear import operations
 from megalm.kernels.gelu_linear.cublaslt import CublasLtGeluLinear
-from megalm.kernels.gelu_linear.cublaslt_library import DGELU_BGRAD, Product, Shape
+from megalm.kernels.gelu_linear.cublaslt_library import DGELU, DGELU_BGRAD, GELU_AUX_BIAS, Product, Shape
 from megalm.kernels.gelu_linear.oracle import TorchGeluLinear
 from megalm.kernels.gelu_linear.protocol import GeluLinearKernel
 from megalm.kernels.gradient_sum.oracle import TorchGradientSum
@@ -168,6 +168,35 @@ def test_a_call_that_fails_says_which_and_for_what(host: OnTheHost) -> None:
     product._algorithm.algorithm[0] = 0
     with pytest.raises(KernelError, match=r"cublasLtMatmul of cuBLASLt failed with status 7 for Shape\(m=8, n=4"):
         product(*tensors[:5])
+
+
+@pytest.mark.parametrize("epilogue", [GELU_AUX_BIAS, DGELU, DGELU_BGRAD])
+def test_nvidias_own_library_takes_every_attribute(epilogue: int) -> None:
+    """It describes products without a GPU; the choice of an algorithm, which takes a handle, is left out."""
+    found = sorted(Path(torch.__file__).parents[1].glob("nvidia/*/lib/libcublasLt.so.*"))
+    if not found:
+        pytest.skip("needs NVIDIA's cuBLASLt, which a torch for CPUs does not bring")
+    library = ctypes.CDLL(str(found[-1]))
+
+    class WithoutAlgorithms:
+        def __getattr__(self, function: str) -> Any:
+            return getattr(library, function)
+
+        def cublasLtMatmulAlgoGetHeuristic(self, *arguments: Any) -> int:  # noqa: N802
+            return 1
+
+    class WithoutGpu:
+        library = WithoutAlgorithms()
+
+        def handle(self) -> int:
+            return 0
+
+        def stream(self) -> int:
+            return 0
+
+    shape = Shape(8192, 16_384, 2048, transposes_a=epilogue == GELU_AUX_BIAS, epilogue=epilogue, dtype=torch.bfloat16)
+    with pytest.raises(KernelError, match=r"no algorithm for Shape\(.*\(status 1, 0 suggestions\)"):
+        Product(WithoutGpu(), shape)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
