@@ -182,7 +182,7 @@ def test_nvidias_own_library_takes_every_attribute(epilogue: int) -> None:
         def __getattr__(self, function: str) -> Any:
             return getattr(library, function)
 
-        def cublasLtMatmulAlgoGetHeuristic(self, *arguments: Any) -> int:  # noqa: N802
+        def cublasLtMatmulAlgoGetHeuristic(self, *arguments: Any) -> int:
             return 1
 
     class WithoutGpu:
