@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -40,8 +40,12 @@ class Given:
     words: tuple[str, ...]
 
 
-def parse_command_line(argv: Sequence[str]) -> Config:
+def parse_command_line(
+    argv: Sequence[str], *, otherwise: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None
+) -> Config:
     """The Config of a command line (without the program's name).
+
+    `otherwise` tells, from the fields that were set, the values of others: for a program that is no run.
 
     Raises: HelpRequested for --help; ConfigError with every flag, value and combination that cannot be obeyed and that
     does not need the processes or the tokenizer to tell.
@@ -73,6 +77,9 @@ def parse_command_line(argv: Sequence[str]) -> Config:
             if one.flag.name == "--accumulate-allreduce-grads-in-fp32"
         ]
     _with_sample_counts(settings)
+    for path, value in (otherwise(settings.values) if otherwise is not None else {}).items():
+        if path not in settings.values:
+            settings.set(path, value, "this program")
     missing = settings.missing()
     failures = [*settings.failures, *missing]
     if not missing:

@@ -18,7 +18,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"topology", "kernels", "telemetry"}),
     frozenset({"parallel", "data", "tokenizers"}),
     frozenset({"models"}),
-    frozenset({"checkpoint"}),
+    frozenset({"checkpoint", "planning"}),
     frozenset({"train"}),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
