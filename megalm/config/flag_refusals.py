@@ -8,6 +8,8 @@ TELEMETRY = "remove it; progress, metrics.jsonl, TensorBoard and W&B records car
 
 SHAPE = "remove it to train the BLOOM or GPT-2 shape"
 
+OFFLOAD = 'use {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}'
+
 REFUSALS = (
     # Durations in tokens.
     refused(
@@ -44,6 +46,11 @@ REFUSALS = (
     refused("--no-data-sharding", "the order of samples does not depend on the layout", "remove it"),
     refused("--curriculum-learning", "seq_length is the same in every step", "remove it"),
     refused(
+        "--iterations-to-skip",
+        "steps that are left out are ranges",
+        "pass --skip-train-iteration-range N-N, once for each step",
+    ),
+    refused(
         "--mock-data",
         "there is no synthetic data set",
         "tokenize any text with tools/preprocess_data.py and pass --data-path",
@@ -62,7 +69,8 @@ REFUSALS = (
     refused("--apply-residual-connection-post-layernorm", "the residual is taken before each LayerNorm", SHAPE),
     refused("--group-query-attention", "every head has its own keys and values", SHAPE),
     refused("--num-query-groups", "every head has its own keys and values", SHAPE),
-    refused("--kv-channels", "d = hidden_size / num_heads", SHAPE),
+    refused("--num-key-value-heads", "every head has its own keys and values", SHAPE),
+    refused("--kv-channels", "d = hidden_size / num_heads", "remove it; no other d can be had"),
     refused(
         "--use-rotary-position-embeddings",
         "positions are alibi or learned",
@@ -75,7 +83,6 @@ REFUSALS = (
     refused("--disable-bias-linear", "every linear layer has a bias", SHAPE),
     refused("--add-qkv-bias", "every linear layer has a bias already", "remove it"),
     refused("--apply-layernorm-1p", "LayerNorm weights start at one", SHAPE),
-    refused("--num-experts", "there are no mixtures of experts", "remove it to train a dense model"),
     # Arithmetic.
     refused(
         "--apply-query-key-layer-scaling",
@@ -87,16 +94,8 @@ REFUSALS = (
     refused("--init-method-xavier-uniform", "initial weights are normal", "remove it and pass --init-method-std"),
     refused("--use-bnb-optimizer", "there is no 8-bit Adam", "remove it for AdamW; --zero-stage 1 shards its state"),
     refused("--sgd-momentum", "the optimizer is AdamW", "remove it"),
-    refused(
-        "--cpu-optimizer",
-        "set it in the DeepSpeed JSON",
-        'use {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}',
-    ),
-    refused(
-        "--cpu_torch_adam",
-        "set it in the DeepSpeed JSON",
-        'use {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}',
-    ),
+    refused("--cpu-optimizer", "set it in the DeepSpeed JSON", OFFLOAD),
+    refused("--cpu_torch_adam", "set it in the DeepSpeed JSON", OFFLOAD),
     refused("--start-weight-decay", "weight decay is constant", "pass --weight-decay alone"),
     refused("--end-weight-decay", "weight decay is constant", "pass --weight-decay alone"),
     refused("--weight-decay-incr-style", "weight decay is constant", "pass --weight-decay alone"),
@@ -107,13 +106,8 @@ REFUSALS = (
     refused("--use-flash-attn-v2", "attention cores are chosen by name", "pass --attention-kernel sdpa"),
     # Layout and memory.
     refused("--model-parallel-size", "the old name is ambiguous", "pass --tensor-model-parallel-size"),
+    refused("--batch-size", "the old name is ambiguous", "pass --micro-batch-size"),
     refused("--num-layers-per-virtual-pipeline-stage", "a stage holds one run of layers", "remove it"),
-    refused(
-        "--context-parallel-size",
-        "a sample is not split over processes in attention",
-        "remove it; --sequence-parallel saves activations",
-    ),
-    refused("--expert-model-parallel-size", "there are no mixtures of experts", "remove it"),
     refused("--use-distributed-optimizer", "optimizer state is sharded by ZeRO", "pass --zero-stage 1"),
     refused("--overlap-grad-reduce", "the engine decides when gradients are reduced", "remove it"),
     refused("--overlap-param-gather", "the engine decides when parameters are gathered", "remove it"),
@@ -136,6 +130,7 @@ REFUSALS = (
     refused("--synchronize-each-layer", "there is nothing to synchronise between layers", "remove it"),
     refused("--contigious-checkpointing", "saved activations are not copied together", "remove it"),
     refused("--profile-backward", "there is no such profile", "pass --profile"),
+    refused("--profile_steps", "first and last step have a flag each", "pass --profile-step-start, --profile-step-end"),
     refused("--profile-ranks", "every rank of the first data-parallel replica is profiled", "remove it"),
     refused("--scattered-embeddings", "activations are split along the sequence", "pass --sequence-parallel"),
     refused("--split-transformers", "activations are split along the sequence", "pass --sequence-parallel"),
@@ -167,6 +162,30 @@ REFUSALS = (
         "a checkpoint never changes the schedule",
         "remove it and pass the schedule of FOLDER/global_stepN/config.yaml",
     ),
+    refused(
+        "--use-checkpoint-opt-param-scheduler",
+        "a checkpoint never changes the schedule",
+        "remove it and pass the schedule of FOLDER/global_stepN/config.yaml",
+    ),
+    refused(
+        "--use-mp-args-from-checkpoint-args",
+        "a checkpoint never changes the configuration",
+        "remove it; a checkpoint loads into any layout",
+    ),
+    refused("--ckpt-step", "a checkpoint is named by its folder", "pass --load FOLDER/global_stepN"),
+    refused("--load-tag", "a checkpoint is named by its folder", "pass --load FOLDER/global_stepN"),
+    refused("--pretrained-checkpoint", "one folder is loaded from", "pass --load FOLDER --finetune"),
+    refused(
+        "--load-main-params-from-ckpt", "fp32 weights load with the optimizer's state", "remove it and --no-load-optim"
+    ),
+    refused("--no-load-lr-state", "the learning rate follows from the step", "remove it, or pass --reset-progress"),
+    refused("--override-ckpt-iteration", "the step is the checkpoint's", "remove it, or pass --reset-progress"),
+    refused("--reset-iteration", "steps and samples count together", "pass --reset-progress"),
+    refused(
+        "--save-retain-interval",
+        "what stays is said by two flags",
+        "pass --keep-every N, with --keep-last 1 to have only those and the newest",
+    ),
     refused("--no-save-optim", "a checkpoint is always whole", "remove it; tools/export_hf.py writes weights alone"),
     refused("--no-save-rng", "a checkpoint is always whole", "remove it"),
     refused(
@@ -179,8 +198,9 @@ REFUSALS = (
     # Beside training.
     refused("--inference", "this program trains", "generate with tools/generate.py"),
     refused("--codecarbon-dir", "no emissions are recorded", "remove it, and run codecarbon beside the trainer"),
+    refused("--yaml-cfg", "presets have sections of their own", "pass --config with a file as those in configs/"),
+    refused("--wandb-entity", "W&B reads it from the environment", "remove it and set WANDB_ENTITY"),
     refused("--log-path", "logs go to the terminal", "remove it and append: 2>&1 | tee LOG_FILE"),
-    refused("--timing-log-level", "step time is measured as a whole", TELEMETRY),
     refused("--log-params-norm", "the norm of the parameters is not computed", TELEMETRY),
     refused("--log-num-zeros-in-grad", "zeros in gradients are not counted", TELEMETRY),
     refused("--log-memory-to-tensorboard", "memory is not recorded", TELEMETRY),

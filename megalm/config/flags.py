@@ -4,11 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from functools import lru_cache
 from typing import Any, Literal
 
 Action = Literal["set", "command", "noop", "refuse"]
 Arity = Literal["0", "?", "1", "+", "*"]
+NEGATIONS = ("--no-", "--disable-")
+
+
+@dataclass(frozen=True)
+class Unless:
+    """The value of a field with which a flag that changes nothing otherwise is refused."""
+
+    path: str
+    value: Any
+    note: str
+    remedy: str
 
 
 @dataclass(frozen=True)
@@ -22,8 +34,24 @@ class Flag:
     constant: Any = None
     words: Mapping[str, Any] = field(default_factory=dict, hash=False)
     allowed: tuple[str, ...] = ()
+    unless: Unless | None = None
     note: str = ""
     remedy: str = ""
+
+
+@dataclass(frozen=True)
+class Family:
+    """Flags that are refused together, also with a negation. `*` in a name stands for any text."""
+
+    names: tuple[str, ...]
+    note: str
+    remedy: str
+
+    def holds(self, name: str, *, patterns: bool) -> bool:
+        """Whether a flag belongs here: by its whole name, or, with `patterns`, by the names with a `*`."""
+        bare = [f"--{name.removeprefix(negation)}" for negation in NEGATIONS if name.startswith(negation)]
+        known = [other for other in self.names if ("*" in other) == patterns]
+        return any(fnmatchcase(spelling, other) for spelling in (name, *bare) for other in known)
 
 
 def takes(name: str, target: str, *, arity: Arity = "1", words: Mapping[str, Any] | None = None) -> Flag:
@@ -41,9 +69,17 @@ def command(name: str, arity: Arity, note: str) -> Flag:
     return Flag(name, "command", arity, note=note)
 
 
-def noop(name: str, note: str, *, arity: Arity = "0", allowed: Sequence[str] = (), remedy: str = "") -> Flag:
+def noop(
+    name: str,
+    note: str,
+    *,
+    arity: Arity = "0",
+    allowed: Sequence[str] = (),
+    remedy: str = "",
+    unless: Unless | None = None,
+) -> Flag:
     """A flag whose effect is there without it. With `allowed`, only for these words; others are refused."""
-    return Flag(name, "noop", arity, allowed=tuple(allowed), note=note, remedy=remedy)
+    return Flag(name, "noop", arity, allowed=tuple(allowed), unless=unless, note=note, remedy=remedy)
 
 
 def refused(name: str, note: str, remedy: str) -> Flag:
@@ -51,9 +87,27 @@ def refused(name: str, note: str, remedy: str) -> Flag:
     return Flag(name, "refuse", "*", note=note, remedy=remedy)
 
 
+def family(names: str, note: str, remedy: str) -> Family:
+    """Flags, with spaces between them, that cannot be obeyed for one reason."""
+    return Family(tuple(names.split()), note, remedy)
+
+
+def find_flag(name: str) -> Flag | None:
+    """What becomes of a flag: of its own, or as one of a family, where whole names go before those with a `*`."""
+    from megalm.config.flag_families import FAMILIES
+
+    if name in flag_table():
+        return flag_table()[name]
+    for patterns in (False, True):
+        for one in FAMILIES:
+            if one.holds(name, patterns=patterns):
+                return refused(name, one.note, one.remedy)
+    return None
+
+
 @lru_cache(maxsize=1)
 def flag_table() -> Mapping[str, Flag]:
-    """Every flag that the parser knows, by its exact name."""
+    """Every flag that the parser knows by its exact name, families aside."""
     from megalm.config.flag_noops import NOOPS
     from megalm.config.flag_refusals import REFUSALS
     from megalm.config.flag_targets import COMMANDS, TARGETS

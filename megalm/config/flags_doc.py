@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from megalm.config.deepspeed_json import FIELDS, PASSED_ON, REFUSED
+from megalm.config.flag_families import FAMILIES
 from megalm.config.flags import Flag, flag_table
 from megalm.config.root import OptionInfo, option_table
 
@@ -23,6 +24,11 @@ DIFFERENT_DEFAULTS = (
         "GPT2BPETokenizer",
     ),
     ("learning rate", "update k of a warm-up of w uses k / w of the peak", "(k - 1) / w; the same after the warm-up"),
+    (
+        "`output.linear` by --fp8-format",
+        "each tensor's own scale, Megatron's --fp8-recipe tensorwise",
+        "scales of earlier steps, --fp8-recipe delayed",
+    ),
     ("`parallel.backend`", "nccl on GPUs, gloo on CPUs", "nccl"),
     ("`output.log_interval`", "10 steps", "100 steps"),
     ("`model.make_vocab_size_divisible_by`", "the padded vocabulary is its multiple", "its multiple times tp"),
@@ -48,6 +54,12 @@ def flags_markdown() -> str:
         _table(
             ("flag", "why", "instead"),
             [(f"`{flag.name}`", flag.note, flag.remedy) for flag in flags if flag.action == "refuse"],
+        ),
+        "## Refused together\n",
+        "`*` stands for any text. `--no-` and `--disable-` before what follows `--` change nothing about the answer.\n",
+        _table(
+            ("flags", "why", "instead"),
+            [(" ".join(f"`{name}`" for name in one.names), one.note, one.remedy) for one in FAMILIES],
         ),
         "## Defaults that differ from Megatron's\n",
         _table(("field", "here", "there"), DIFFERENT_DEFAULTS),
@@ -78,7 +90,10 @@ def _default(info: OptionInfo) -> str:
 
 def _noop(flag: Flag) -> tuple[str, str, str]:
     values = " or ".join(f"`{word}`" for word in flag.allowed)
-    return f"`{flag.name}`", values, flag.note + (f" Other values are refused: {flag.remedy}." if flag.allowed else "")
+    note = flag.note + (f" Other values are refused: {flag.remedy}." if flag.allowed else "")
+    if flag.unless:
+        note += f" Refused where `{flag.unless.path}` is `{flag.unless.value}`: {flag.unless.note}."
+    return f"`{flag.name}`", values, note
 
 
 def _fields_without_flag(flags: list[Flag]) -> str:

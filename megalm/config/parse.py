@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from megalm.config.failures import Failure, nearest, raise_if_any
-from megalm.config.flags import Flag, flag_table
+from megalm.config.flags import Flag, find_flag, flag_table
 from megalm.config.root import SECTIONS, Config, option_table
 from megalm.config.settings import Settings
 from megalm.config.values import EXPECTED, from_text
@@ -70,12 +70,11 @@ def parse_command_line(
 
             load_deepspeed_file(one.words[0], settings)
     _with_tokenizer_of_two_files(settings)
-    if settings.values.get("training.dtype") == "fp16":
-        settings.failures += [
-            Failure(f"{one.flag.name}: fp16 gradients are summed in fp16", "", "remove it, or pass --bf16")
-            for one in given
-            if one.flag.name == "--accumulate-allreduce-grads-in-fp32"
-        ]
+    settings.failures += [
+        Failure(f"{one.flag.name}: {one.flag.unless.note}", "", one.flag.unless.remedy)
+        for one in given
+        if one.flag.unless and settings.value(one.flag.unless.path) == one.flag.unless.value
+    ]
     _with_sample_counts(settings)
     for path, value in (otherwise(settings.values) if otherwise is not None else {}).items():
         if path not in settings.values:
@@ -105,7 +104,7 @@ def split_command_line(argv: Sequence[str]) -> tuple[list[Given], list[tuple[str
             overrides.append((override["path"], override["value"]))
         elif word.startswith("--") or word == "-h":
             name, has_value, inline = word.partition("=")
-            flag = flag_table().get("--help" if name == "-h" else name)
+            flag = find_flag("--help" if name == "-h" else name)
             limit = _most_words(flag)
             words = [inline] if has_value else []
             while not has_value and position < len(argv) and len(words) < limit and not _is_flag(argv[position]):
@@ -138,6 +137,9 @@ def _override(word: str) -> re.Match[str] | None:
 
 
 def _unknown(name: str) -> Failure:
+    alike = [other for other in flag_table() if other.replace("_", "-") == name.replace("_", "-")]
+    if alike:
+        return Failure(f"{name} is not a flag", "on the command line", f"it is written {alike[0]}")
     # What changes nothing or is refused is no remedy, nor is the opposite.
     opposite = name.replace("--no-", "--", 1) if name.startswith("--no-") else name.replace("--", "--no-", 1)
     obeyed = [
@@ -181,13 +183,14 @@ def _load_presets(paths: Sequence[str], settings: Settings) -> None:
 def _apply_flags(given: Sequence[Given], settings: Settings) -> None:
     """Apply flags in their order. One flag given twice counts once, the last; two flags of one field must agree."""
     setters: dict[str, dict[str, Any]] = {}
+    refusals: dict[tuple[str, str], list[str]] = {}
     for one in given:
         flag = one.flag
         if flag.action == "refuse":
-            settings.failures.append(Failure(f"{' '.join((flag.name, *one.words))}: {flag.note}", "", flag.remedy))
+            refusals.setdefault((flag.note, flag.remedy), []).append(" ".join((flag.name, *one.words)))
         elif flag.action == "noop":
-            if flag.allowed and one.words[0] not in flag.allowed:
-                settings.failures.append(Failure(f"{flag.name} {one.words[0]}: {flag.note}", "", flag.remedy))
+            if flag.allowed and not set(one.words) <= set(flag.allowed):
+                settings.failures.append(Failure(f"{' '.join((flag.name, *one.words))}: {flag.note}", "", flag.remedy))
         elif flag.action == "set":
             if flag.arity == "0":
                 settings.set(flag.target, flag.constant, flag.name)
@@ -198,6 +201,9 @@ def _apply_flags(given: Sequence[Given], settings: Settings) -> None:
                 setters.setdefault(flag.target, {})[flag.name] = settings.values[flag.target]
         else:
             _apply_paths_file(one, settings, setters)
+    settings.failures += [
+        Failure(f"{', '.join(dict.fromkeys(flags))}: {note}", "", remedy) for (note, remedy), flags in refusals.items()
+    ]
     for path, by_flag in setters.items():
         if any(value != settings.values[path] for value in by_flag.values()):
             listed = ", ".join(f"{name} ({value})" for name, value in by_flag.items())
