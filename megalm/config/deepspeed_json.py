@@ -157,6 +157,8 @@ def read_deepspeed(content: Any, source: str, settings: Settings) -> None:
                 _agree(path, value, source, settings)
         elif top in PASSED_ON:
             _store(settings.deepspeed, path, value)
+        elif top in REFUSED and _asks_for_nothing(top, content[top], settings):
+            continue
         elif top in REFUSED:
             settings.failures.append(
                 Failure(
@@ -169,6 +171,13 @@ def read_deepspeed(content: Any, source: str, settings: Settings) -> None:
             settings.failures.append(
                 Failure(f"{path} is not a DeepSpeed key that megalm knows", f"in {source}", remedy)
             )
+
+
+def _asks_for_nothing(name: str, block: Any, settings: Settings) -> bool:
+    """Whether a block that is refused is switched off, or says what is done without it."""
+    if name == "data_types":
+        return bool(block == {"grad_accum_dtype": "fp32"}) and settings.value("training.dtype") != "fp16"
+    return isinstance(block, Mapping) and block.get("enabled") is False
 
 
 def _read_dtype(content: Mapping[str, Any], source: str, settings: Settings) -> None:

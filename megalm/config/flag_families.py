@@ -99,10 +99,11 @@ FAMILIES = (
         "the learning rate decays once, after the warm-up",
         "pass --lr-decay-style cosine, linear or constant",
     ),
+    family("--decoupled-lr --decoupled-min-lr", "there is one learning rate", "pass --lr and --min-lr alone"),
     family(
-        "--decoupled-min-lr --freeze-all-layers --embedding-init-method-std",
-        "all weights start and are trained by one rule",
-        "pass --lr, --min-lr and --init-method-std alone",
+        "--freeze-all-layers --embedding-init-method-std",
+        "all weights start by one rule, and all are trained",
+        "remove it, and pass --init-method-std",
     ),
     family(
         "--optimizer-cpu-offload --optimizer-offload-fraction --use-torch-optimizer-for-cpu-offload --pin-cpu-grads "
@@ -123,7 +124,8 @@ FAMILIES = (
     # Arithmetic and kernels.
     family(
         "--fp8-* --first-last-layers-bf16 --num-layers-at-start-in-bf16 --num-layers-at-end-in-bf16 "
-        "--keep-fp8-transpose-cache --reuse-grad-buf-for-mxfp8-param-ag --te-precision-config-file",
+        "--keep-fp8-transpose-cache --keep_fp8_weight_transpose_cache --reuse-grad-buf-for-mxfp8-param-ag "
+        "--te-precision-config-file",
         "8-bit products scale each tensor by its own largest element, in every layer; weights have 16 bits",
         "pass --fp8-format hybrid or e4m3 alone",
     ),
@@ -154,7 +156,7 @@ FAMILIES = (
     ),
     family("--deterministic-mode", "there is one mode", "remove it; a resumed run repeats an unbroken one's bits"),
     family(
-        "--manual-gc-eval --empty-unused-memory-level --train-sync-interval",
+        "--manual-gc --manual-gc-interval --manual-gc-eval --empty-unused-memory-level --train-sync-interval",
         "when memory is collected, and the device waited for, is Python's and torch's own choice",
         "remove it",
     ),
@@ -178,10 +180,10 @@ FAMILIES = (
         "remove it",
     ),
     family(
-        "--overlap-p2p-communication --overlap-p2p-communication-warmup-flush --use-ring-exchange-p2p "
-        "--overlap-param-gather-with-optimizer-step --delay-param-gather --delay-wgrad-compute "
-        "--defer-embedding-wgrad-compute --wgrad-deferral-limit --use-layer-wise-param-layout "
-        "--no-gradient-reduce-div-fusion --tp-comm-*",
+        "--overlap-grad-reduce --overlap-param-gather --overlap-p2p-communication "
+        "--overlap-p2p-communication-warmup-flush --use-ring-exchange-p2p --overlap-param-gather-with-optimizer-step "
+        "--delay-param-gather --delay-wgrad-compute --defer-embedding-wgrad-compute --wgrad-deferral-limit "
+        "--use-layer-wise-param-layout --no-gradient-reduce-div-fusion --tp-comm-*",
         "the engine decides when gradients, weights and activations are sent",
         "remove it",
     ),
@@ -248,8 +250,9 @@ FAMILIES = (
         "pass --reset-attention-mask",
     ),
     family(
-        "--tokenizer-metadata --tokenizer-special-tokens --tokenizer-sentencepiece-* --tokenizer-hf-* --tiktoken-* "
-        "--legacy-tokenizer --trust-remote-code --null-tokenizer-* --allow-ambiguous-pad-tokens",
+        "--tokenizer-library --tokenizer-metadata --tokenizer-special-tokens --tokenizer-sentencepiece-* "
+        "--tokenizer-hf-* --tiktoken-* --legacy-tokenizer --trust-remote-code --null-tokenizer-* "
+        "--allow-ambiguous-pad-tokens",
         "tokens are those of the tokenizer's files, which run no code of their own, and nothing is padded",
         "remove it",
     ),
@@ -307,9 +310,10 @@ FAMILIES = (
         "pass --wandb-project or --tensorboard-dir, or remove it",
     ),
     family(
+        "--log-params-norm --log-num-zeros-in-grad --log-memory-to-tensorboard --log-optimizer-states-to-tensorboard "
         "--log-straggler --straggler-* --disable-straggler-on-startup --log-progress --log-energy "
         "--log-device-memory-used --log-memory-interval --log-max-attention-logit --timing-log-option",
-        "it is not recorded",
+        "none of it is recorded",
         TELEMETRY,
     ),
     family(

@@ -65,6 +65,7 @@ NOOPS = (
     *(noop(f"{no}align-grad-reduce", "There is one result, whenever gradients are reduced.") for no in NEGATIONS),
     noop("--no-align-param-gather", "There is one result, whenever parameters are gathered."),
     noop("--disable-gloo-process-groups", "On GPUs every group is NCCL's."),
+    noop("--use-contiguous-parameters-in-local-ddp", "There is one result, wherever weights lie."),
     noop("--no-contiguous-buffers-in-local-ddp", "There is one result, wherever gradients lie."),
     *(noop(f"{no}clone-scatter-output-in-embedding", "There is one result, copied or not.") for no in NEGATIONS),
     noop(
@@ -251,7 +252,11 @@ NOOPS = (
     ),
     *(
         noop(
-            name, "There are no mixtures of experts.", arity="1", allowed=("1",), remedy="pass 1, or leave the flag out"
+            name,
+            "There are no mixtures of experts.",
+            arity="1",
+            allowed=("1",),
+            remedy="remove it to train a dense model",
         )
         for name in ("--expert-model-parallel-size", "--expert-tensor-parallel-size", "--moe-expert-parallel-size")
     ),

@@ -99,9 +99,6 @@ REFUSALS = (
     refused("--start-weight-decay", "weight decay is constant", "pass --weight-decay alone"),
     refused("--end-weight-decay", "weight decay is constant", "pass --weight-decay alone"),
     refused("--weight-decay-incr-style", "weight decay is constant", "pass --weight-decay alone"),
-    refused("--decoupled-lr", "there is one learning rate", "pass --lr alone"),
-    refused("--manual-gc", "when Python collects garbage is Python's own choice", "remove it"),
-    refused("--manual-gc-interval", "when Python collects garbage is Python's own choice", "remove it"),
     refused("--use-flash-attn", "attention cores are chosen by name", "pass --attention-kernel sdpa"),
     refused("--use-flash-attn-v2", "attention cores are chosen by name", "pass --attention-kernel sdpa"),
     # Layout and memory.
@@ -109,8 +106,6 @@ REFUSALS = (
     refused("--batch-size", "the old name is ambiguous", "pass --micro-batch-size"),
     refused("--num-layers-per-virtual-pipeline-stage", "a stage holds one run of layers", "remove it"),
     refused("--use-distributed-optimizer", "optimizer state is sharded by ZeRO", "pass --zero-stage 1"),
-    refused("--overlap-grad-reduce", "the engine decides when gradients are reduced", "remove it"),
-    refused("--overlap-param-gather", "the engine decides when parameters are gathered", "remove it"),
     refused(
         "--partition-activations",
         "saved activations are not re-partitioned",
@@ -201,10 +196,6 @@ REFUSALS = (
     refused("--yaml-cfg", "presets have sections of their own", "pass --config with a file as those in configs/"),
     refused("--wandb-entity", "W&B reads it from the environment", "remove it and set WANDB_ENTITY"),
     refused("--log-path", "logs go to the terminal", "remove it and append: 2>&1 | tee LOG_FILE"),
-    refused("--log-params-norm", "the norm of the parameters is not computed", TELEMETRY),
-    refused("--log-num-zeros-in-grad", "zeros in gradients are not counted", TELEMETRY),
-    refused("--log-memory-to-tensorboard", "memory is not recorded", TELEMETRY),
     refused("--log-world-size-to-tensorboard", "the world size does not change within a run", TELEMETRY),
-    refused("--log-optimizer-states-to-tensorboard", "optimizer states are not recorded", TELEMETRY),
     refused("--tensorboard-log-interval", "every sink follows --log-interval", "pass --log-interval"),
 )

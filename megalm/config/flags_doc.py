@@ -67,6 +67,7 @@ def flags_markdown() -> str:
         "A value that contradicts a flag or a preset is refused, and both are named. `auto` takes the field's value.\n",
         _table(("key", "field"), [(f"`{key}`", f"`{path}`") for key, path in _json_fields()]),
         f"Passed on as they are: {', '.join(f'`{key}`' for key in PASSED_ON)}.\n",
+        "A block whose `enabled` is false is accepted, and so is `data_types` for fp32 sums outside fp16.\n",
         _table(("refused key", "why"), [(f"`{key}`", why) for key, why in REFUSED.items()]),
     ]
     return "\n".join(parts)

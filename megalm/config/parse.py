@@ -190,7 +190,7 @@ def _apply_flags(given: Sequence[Given], settings: Settings) -> None:
             refusals.setdefault((flag.note, flag.remedy), []).append(" ".join((flag.name, *one.words)))
         elif flag.action == "noop":
             if flag.allowed and not set(one.words) <= set(flag.allowed):
-                settings.failures.append(Failure(f"{' '.join((flag.name, *one.words))}: {flag.note}", "", flag.remedy))
+                refusals.setdefault((flag.note, flag.remedy), []).append(" ".join((flag.name, *one.words)))
         elif flag.action == "set":
             if flag.arity == "0":
                 settings.set(flag.target, flag.constant, flag.name)
@@ -201,13 +201,18 @@ def _apply_flags(given: Sequence[Given], settings: Settings) -> None:
                 setters.setdefault(flag.target, {})[flag.name] = settings.values[flag.target]
         else:
             _apply_paths_file(one, settings, setters)
-    settings.failures += [
-        Failure(f"{', '.join(dict.fromkeys(flags))}: {note}", "", remedy) for (note, remedy), flags in refusals.items()
-    ]
+    settings.failures += [_refused(flags, note, remedy) for (note, remedy), flags in refusals.items()]
     for path, by_flag in setters.items():
         if any(value != settings.values[path] for value in by_flag.values()):
             listed = ", ".join(f"{name} ({value})" for name, value in by_flag.items())
             settings.failures.append(Failure(f"{path} is set differently by {listed}", "", "keep one of these flags"))
+
+
+def _refused(flags: Sequence[str], note: str, remedy: str) -> Failure:
+    """One failure for flags, with their words, that are refused for one reason."""
+    distinct = list(dict.fromkeys(flags))
+    several = remedy.replace("remove it", "remove them", 1) if len(distinct) > 1 else remedy
+    return Failure(f"{', '.join(distinct)}: {note}", "", several)
 
 
 def _apply_text(

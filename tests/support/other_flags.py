@@ -212,9 +212,10 @@ yarn-beta-fast= yarn-beta-slow= yarn-correction-range-round-to-int yarn-original
 """.split()
 
 # Megatron-LM before: what of megatron-core 0.17.1 and 0.18.1, commits 307dcf37 (2024-05) and 000c4ac2 (2025-12), and of
-# early 2025, is gone.
+# early 2025, is gone, and what AMD's launch scripts add.
 MEGATRON_BEFORE = """
-s3-cache-path= use-custom-fsdp
+s3-cache-path= use-custom-fsdp tokenizer-library=
+use-contiguous-parameters-in-local-ddp keep_fp8_weight_transpose_cache
 delay-param-gather disable-chunked-prefill enable-one-logger encoder-pipeline-model-parallel-size=
 encoder-tensor-model-parallel-size= inference-dynamic-batching-buffer-guaranteed-fraction=
 inference-dynamic-batching-buffer-overflow-factor= inference-dynamic-batching-cuda-graph-max-tokens=

@@ -116,6 +116,20 @@ def test_instruments_that_are_off_or_work_are_accepted(tmp_path: Path) -> None:
     assert deepspeed_json(smallest(), dp_size=1)["steps_per_print"] == NEVER
 
 
+def test_refused_blocks_that_ask_for_nothing_are_accepted(tmp_path: Path) -> None:
+    off = {"curriculum_learning": {"enabled": False, "curriculum_type": "seqlen"}, "tensorboard": {"enabled": False}}
+    assert with_file(tmp_path, off) == smallest()
+    sums = {"data_types": {"grad_accum_dtype": "fp32"}}
+    assert with_file(tmp_path, sums, "--bf16") == smallest("--bf16")
+    for content, more in (
+        (sums | {"fp16": {"enabled": True}}, ()),
+        ({"data_types": {"grad_accum_dtype": "bf16"}}, ("--bf16",)),
+        ({"curriculum_learning": {"enabled": True}}, ()),
+    ):
+        with pytest.raises(ConfigError, match="in a DeepSpeed configuration"):
+            with_file(tmp_path, content, *more)
+
+
 def test_what_zero3_does_not_do_is_refused_there_alone(tmp_path: Path) -> None:
     for content in ({"prescale_gradients": True}, {"gradient_predivide_factor": 2.0}):
         with pytest.raises(ConfigError, match="cannot be combined with ZeRO-3"):
