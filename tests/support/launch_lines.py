@@ -34,6 +34,14 @@ FP16_FILE = {
     "steps_per_print": 2000,
     "wall_clock_breakdown": False,
 }
+UNIVERSAL_FILE = {
+    "train_batch_size": 8,
+    "train_micro_batch_size_per_gpu": 4,
+    "zero_optimization": {"stage": 1},
+    "bf16": {"enabled": True},
+    "data_types": {"grad_accum_dtype": "fp32"},
+    "curriculum_learning": {"enabled": False, "curriculum_type": "seqlen"},
+}
 
 BLOOM_176B = """--local_rank=0
 --tensor-model-parallel-size 4 --pipeline-model-parallel-size 12 --pp-partition-method 'type:transformer|embedding'
@@ -79,6 +87,28 @@ EXPERIMENT = """--num-layers 24 --hidden-size 2048 --num-attention-heads 16 --ff
 --reweight-loss-based-on-position-frequency --inference --log-path {folder}/logs --dataloader-type cyclic
 --tokenizer-type PretrainedFromHF --tokenizer-name-or-path {folder}/tokenizer --data-path {folder}/a --bf16"""
 
+# In the manner of Megatron-LM's functional tests and of DeepSpeed's example for universal checkpoints.
+MEGATRON_CORE = """--use-mcore-models --num-layers 12 --hidden-size 512 --num-attention-heads 8 --seq-length 1024
+--max-position-embeddings 1024 --micro-batch-size 4 --global-batch-size 32 --train-iters 50 --lr 0.00015
+--lr-decay-style cosine --lr-decay-iters 320000 --lr-warmup-fraction .01 --min-lr 1.0e-5 --weight-decay 1e-2 --bf16
+--position-embedding-type rope --rotary-percent 0.5 --rotary-base 1000000 --normalization RMSNorm --num-experts 8
+--moe-router-topk 2 --moe-aux-loss-coeff 1e-2 --expert-model-parallel-size 2 --context-parallel-size 1
+--tensor-model-parallel-size 1 --pipeline-model-parallel-size 2 --transformer-impl local --overlap-grad-reduce
+--overlap-param-gather --tp-comm-overlap --calculate-per-token-loss --ckpt-format torch_dist --dist-ckpt-strictness
+log_all --dist-ckpt-optim-fully-reshardable --no-mmap-bin-files --log-throughput --wandb-entity team
+--exit-signal-handler --vocab-file {folder}/vocab.json --merge-file {folder}/merges.txt --data-path {folder}/a
+--split 949,50,1"""
+
+MICROSOFT = """--tensor-model-parallel-size 1 --pipeline-model-parallel-size 1 --ds-sequence-parallel-size 1
+--num-layers 24 --hidden-size 1024 --num-attention-heads 32 --seq-length 1024 --max-position-embeddings 1024
+--micro-batch-size 4 --global-batch-size 8 --train-iters 100000 --lr 6.0e-3 --min-lr 6.0e-4 --lr-decay-style cosine
+--log-interval 1 --eval-iters 40 --eval-interval 10 --data-path {folder}/a --vocab-file {folder}/vocab.json
+--merge-file {folder}/merges.txt --save-interval 100 --split 98,2,0 --clip-grad 1.0 --weight-decay 0.1 --adam-beta1
+0.9 --adam-beta2 0.95 --init-method-std 0.006 --bf16 --checkpoint-activations --exit-interval 200 --save
+{folder}/ckpt --load {folder}/ckpt --make-vocab-size-divisible-by 256 --tensorboard-dir {folder}/tb --deepspeed
+--deepspeed_config={folder}/ds_universal.json --zero-stage=1 --deepspeed-activation-checkpointing
+--no-pipeline-parallel"""
+
 
 def words(line: str, folder: Path) -> list[str]:
     """A launch line as the list that a program receives."""
@@ -89,5 +119,6 @@ def write_files(folder: Path) -> None:
     """The small files that the launch lines name."""
     (folder / "ds.json").write_text(json.dumps(DEEPSPEED_FILE))
     (folder / "ds_fp16.json").write_text(json.dumps(FP16_FILE))
+    (folder / "ds_universal.json").write_text(json.dumps(UNIVERSAL_FILE))
     (folder / "train.txt").write_text('"train: 0.25 0:0.949 data/ar, 0.75 0:0.949 data/en"\n')
     (folder / "valid.txt").write_text('"valid_ar: 1 0.949:0.999 data/ar" "valid_en: 1 0.949:0.999 data/en"\n')

@@ -76,6 +76,32 @@ def test_line_of_an_experiment_is_refused_with_every_remedy_in_one_error(folder:
     assert message.startswith("15 settings cannot be obeyed")
 
 
+def test_line_of_microsofts_trainer_is_obeyed(folder: Path) -> None:
+    config = parse_command_line(words(launch_lines.MICROSOFT, folder))
+    check(config, world_size=2, device_type="cuda", vocab_size=50_257)
+    assert (config.parallel.zero_stage, config.parallel.recompute, config.training.dtype) == (1, "full", "bf16")
+    assert config.data.tokenizer_type == "GPT2BPETokenizer"
+
+
+def test_line_of_megatron_core_is_answered_by_reason(folder: Path) -> None:
+    with pytest.raises(ConfigError) as raised:
+        parse_command_line(words(launch_lines.MEGATRON_CORE, folder))
+    message = str(raised.value)
+    assert message.startswith("9 settings cannot be obeyed")
+    for first_words in (
+        "--num-experts 8, --expert-model-parallel-size 2: ",
+        "--moe-router-topk 2, --moe-aux-loss-coeff 1e-2: there are no mixtures",
+        "--rotary-percent 0.5, --rotary-base 1000000: ",
+        "--overlap-grad-reduce, --overlap-param-gather, --tp-comm-overlap: ",
+        "--dist-ckpt-strictness log_all, --dist-ckpt-optim-fully-reshardable: ",
+        "model.position_embedding = rope",
+        "--normalization RMSNorm",
+        "--ckpt-format torch_dist",
+        "--wandb-entity team",
+    ):
+        assert f") {first_words}" in message
+
+
 # The flags of BigScience's launch scripts, its examples and tests, and of the launchers.
 SCRIPT_FLAGS = """abort-on-unmet-fused-kernel-constraints adam-beta1 adam-beta2 adam-eps attention-dropout bf16 bitfit
 checkpoint-activations clip-grad codecarbon-dir data-impl data-path dataloader-type deepspeed

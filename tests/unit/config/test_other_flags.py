@@ -26,9 +26,10 @@ def test_every_flag_of_others_has_an_answer_and_takes_its_values(source: str) ->
     for entry in SOURCES[source]:
         name, sign, several = entry.partition("=")
         line += [f"--{name}", *VALUES[sign + several]]
+        line += [f"--{name}=-1"] if sign else []
     given, _, failures = split_command_line(line)
     assert [str(failure) for failure in failures] == []
-    assert [one.flag.name for one in given] == [word for word in line if word.startswith("--")]
+    assert [one.flag.name for one in given] == [word.partition("=")[0] for word in line if word.startswith("--")]
 
 
 def test_every_name_of_a_family_is_some_flag_of_others() -> None:
