@@ -93,7 +93,10 @@ def family(names: str, note: str, remedy: str) -> Family:
 
 
 def find_flag(name: str) -> Flag | None:
-    """What becomes of a flag: of its own, or as one of a family, where whole names go before those with a `*`."""
+    """What becomes of a flag: of its own, or as one of a family, where whole names go before those with a `*`.
+
+    What is refused is found with underscores for dashes too; what is obeyed or accepted must be written as it is.
+    """
     from megalm.config.flag_families import FAMILIES
 
     if name in flag_table():
@@ -102,7 +105,9 @@ def find_flag(name: str) -> Flag | None:
         for one in FAMILIES:
             if one.holds(name, patterns=patterns):
                 return refused(name, one.note, one.remedy)
-    return None
+    dashed = name.replace("_", "-")
+    found = find_flag(dashed) if dashed != name else None
+    return refused(name, found.note, found.remedy) if found is not None and found.action == "refuse" else None
 
 
 @lru_cache(maxsize=1)

@@ -295,7 +295,8 @@ warmup= weight-decay-incr-style= weight-decay= zero-allgather-bucket-size= zero-
 zero-reduce-bucket-size= zero-reduce-scatter zero-stage=
 """.split()
 
-# bigscience-workshop/Megatron-DeepSpeed, megatron/arguments.py at commit 007719ad (2022), with DeepSpeed's own.
+# bigscience-workshop/Megatron-DeepSpeed, megatron/arguments.py at commit 007719ad (2022), with DeepSpeed's own. What
+# its launch scripts have besides is in test_launch_lines.py.
 BIGSCIENCE = """
 DDP-impl= accumulate-allreduce-grads-in-fp32 adam-beta1= adam-beta2= adam-eps= adlr-autoresume
 adlr-autoresume-interval= apply-residual-connection-post-layernorm attention-dropout= attention-softmax-in-fp32

@@ -128,7 +128,10 @@ def test_sizes_of_an_encoder_are_the_models() -> None:
         ("--grad-reduce-in-bf16", "summed and reduced in fp32"),
         ("--wandb-entity team", "WANDB_ENTITY"),
         ("--ffn_hidden_size 64", "it is written --ffn-hidden-size"),
-        ("--zero_reduce_bucket_size 64", "it is written --zero-reduce-bucket-size"),
+        ("--deepspeed-config ds.json", "it is written --deepspeed_config"),
+        ("--zero_reduce_scatter", "it is written --zero-reduce-scatter"),
+        ("--moe_router_topk 2", "train a dense model"),
+        ("--use_flash_attn", "--attention-kernel sdpa"),
     ],
 )
 def test_what_would_change_a_run_is_refused_with_a_remedy(words: str, remedy: str) -> None:
