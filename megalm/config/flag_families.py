@@ -82,7 +82,11 @@ FAMILIES = (
         "documents are plain text",
         "apply the conversation template before tools/preprocess_data.py, and remove it",
     ),
-    family("--fim-*", "documents are read from begin to end", "rearrange them before tools/preprocess_data.py"),
+    family(
+        "--fim-*",
+        "documents are read from begin to end",
+        "remove it, and rearrange documents before tools/preprocess_data.py",
+    ),
     family(
         "--inference-* --ds-inference --max-tokens-to-oom --flash-decode --decode-only-cuda-graphs "
         "--enable-chunked-prefill --disable-chunked-prefill --num-speculative-tokens --mlp-chunks-for-prefill "
@@ -156,7 +160,7 @@ FAMILIES = (
     ),
     family("--deterministic-mode", "there is one mode", "remove it; a resumed run repeats an unbroken one's bits"),
     family(
-        "--manual-gc --manual-gc-interval --manual-gc-eval --empty-unused-memory-level --train-sync-interval",
+        "--manual-gc --manual-gc-interval --manual-gc-eval --train-sync-interval",
         "when memory is collected, and the device waited for, is Python's and torch's own choice",
         "remove it",
     ),
@@ -174,8 +178,7 @@ FAMILIES = (
         "pass --pp-partition-method; 'type:transformer|embedding' counts embedding and head as layers",
     ),
     family(
-        "--num-virtual-stages-per-pipeline-rank --microbatch-group-size-per-virtual-pipeline-stage "
-        "--enable-zbh1-pipeline --enable-zbh1-exact-semantics",
+        "--microbatch-group-size-per-virtual-pipeline-stage --enable-zbh1-pipeline --enable-zbh1-exact-semantics",
         "a stage holds one run of layers, and takes forward and backward in turn",
         "remove it",
     ),
@@ -194,8 +197,8 @@ FAMILIES = (
     ),
     family(
         "--use-megatron-fsdp --megatron-fsdp-* --use-torch-fsdp2 --torch-fsdp2-* --use-custom-fsdp --fsdp-* "
-        "--data-parallel-sharding-strategy --outer-dp-sharding-strategy --enable-full-sharding-in-hsdp "
-        "--num-distributed-optimizer-instances --suggested-communication-unit-size --create-all-gather-group "
+        "--outer-dp-sharding-strategy --enable-full-sharding-in-hsdp "
+        "--suggested-communication-unit-size --create-all-gather-group "
         "--init-model-with-meta-device --tensor-parallel-num-weight-shards",
         "weights and optimizer state are sharded by ZeRO",
         "pass --zero-stage 1, 2 or 3",

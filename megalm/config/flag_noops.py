@@ -307,6 +307,48 @@ NOOPS = (
         noop(name, "A scale is the present tensor's.", arity="1", allowed=(default,), remedy="leave the flag out")
         for name, default in (("--fp8-margin", "0"), ("--fp8-interval", "1"))
     ),
+    noop(
+        "--weight-decay-incr-style",
+        "Weight decay is constant.",
+        arity="1",
+        allowed=("constant",),
+        remedy="pass --weight-decay alone",
+    ),
+    noop(
+        "--empty-unused-memory-level",
+        "The device's memory is torch's to keep.",
+        arity="1",
+        allowed=("0",),
+        remedy="pass 0, or leave the flag out",
+    ),
+    noop(
+        "--cpu-offloading-num-layers",
+        "Saved activations stay on the device.",
+        arity="1",
+        allowed=("0",),
+        remedy="remove it; use --sequence-parallel or --recompute-granularity",
+    ),
+    noop(
+        "--num-virtual-stages-per-pipeline-rank",
+        "A stage holds one run of layers.",
+        arity="1",
+        allowed=("1",),
+        remedy="pass 1, or leave the flag out",
+    ),
+    noop(
+        "--data-parallel-sharding-strategy",
+        "Weights and optimizer state are sharded by ZeRO.",
+        arity="1",
+        allowed=("no_shard",),
+        remedy="pass --zero-stage 1, 2 or 3",
+    ),
+    noop(
+        "--num-distributed-optimizer-instances",
+        "Optimizer state is sharded over all replicas.",
+        arity="1",
+        allowed=("1",),
+        remedy="pass 1, or leave the flag out",
+    ),
     noop("--transformer-impl", "The blocks are megalm's own.", arity="1", allowed=("local",), remedy="pass local"),
     noop(
         "--ckpt-format",

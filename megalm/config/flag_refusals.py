@@ -98,7 +98,6 @@ REFUSALS = (
     refused("--cpu_torch_adam", "set it in the DeepSpeed JSON", OFFLOAD),
     refused("--start-weight-decay", "weight decay is constant", "pass --weight-decay alone"),
     refused("--end-weight-decay", "weight decay is constant", "pass --weight-decay alone"),
-    refused("--weight-decay-incr-style", "weight decay is constant", "pass --weight-decay alone"),
     refused("--use-flash-attn", "attention cores are chosen by name", "pass --attention-kernel sdpa"),
     refused("--use-flash-attn-v2", "attention cores are chosen by name", "pass --attention-kernel sdpa"),
     # Layout and memory.

@@ -71,8 +71,11 @@ def test_flags_of_one_family_are_one_failure() -> None:
         "--rerun-mode disabled --no-one-logger --timing-log-level 0 --no-barrier-with-level-1-timing",
         "--calculate-per-token-loss --cross-entropy-loss-fusion --cross-entropy-fusion-impl te --no-rope-fusion",
         "--exp-avg-dtype fp32 --fp8-recipe tensorwise --normalization layernorm --recompute-modules core_attn",
-        "--exit-signal SIGTERM --verify-integrity --no-mmap-bin-files --num-dataset-builder-threads 8",
+        "--weight-decay-incr-style constant --empty-unused-memory-level 0 --data-parallel-sharding-strategy no_shard",
+        "--cpu-offloading-num-layers 0 --num-virtual-stages-per-pipeline-rank 1 --no-mmap-bin-files",
+        "--num-distributed-optimizer-instances 1 --exit-signal SIGTERM --verify-integrity",
         "--no-align-grad-reduce --disable-align-grad-reduce --no-clone-scatter-output-in-embedding --torch_adam",
+        "--num-dataset-builder-threads 8 --disable-gloo-process-groups --softmax-type vanilla",
     ],
 )
 def test_what_changes_nothing_is_accepted(words: str) -> None:
@@ -113,6 +116,7 @@ def test_sizes_of_an_encoder_are_the_models() -> None:
         ("--num-experts 1 4", "remove it to train a dense model"),
         ("--recompute-modules core_attn mlp", "pass core_attn"),
         ("--rerun-mode validate_results", "pass disabled"),
+        ("--weight-decay-incr-style linear", "pass --weight-decay alone"),
         ("--calculate-per-token-loss --eod-mask-loss", "remove it, or --eod-mask-loss"),
         ("--main-grads-dtype fp32 --fp16", "pass --bf16"),
         ("--fp8-recipe delayed", "pass tensorwise"),

@@ -6,6 +6,7 @@ import sys
 import time
 from pathlib import Path
 
+from megalm.config.flag_families import FAMILIES
 from megalm.config.flags import flag_table
 from megalm.config.flags_doc import flags_markdown
 from megalm.config.root import option_table
@@ -42,6 +43,8 @@ def test_every_flag_leads_to_a_field_or_says_why_not() -> None:
             assert flag.note, flag.name
         if flag.action == "refuse" or flag.allowed:
             assert flag.remedy, flag.name
+        assert flag.unless is None or flag.unless.path in option_table(), flag.name
+    assert [one for one in FAMILIES if not (one.note and one.remedy)] == []
 
 
 def test_every_field_has_its_documentation() -> None:
