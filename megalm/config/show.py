@@ -7,7 +7,6 @@ import textwrap
 from collections.abc import Mapping
 
 from megalm.config.deepspeed_json import deepspeed_json, effective_zero_stage
-from megalm.config.flag_families import FAMILIES
 from megalm.config.flags import Flag, flag_table
 from megalm.config.root import DEFAULT, SECTIONS, Config, OptionInfo, option_table
 
@@ -33,14 +32,13 @@ def help_text() -> str:
             if path.startswith(f"{section}."):
                 flags = [flag for flag in table.values() if flag.target == path]
                 lines.append(_field_entry(info, flags))
-    for action, title in (("noop", "accepted, and true without them"), ("refuse", "refused, with what to do instead")):
-        names = [flag.name for flag in table.values() if flag.action == action]
-        if action == "refuse":
-            names += [name for one in FAMILIES for name in one.names]
+    for action, title in (
+        ("noop", "accepted, and true without them"),
+        ("refuse", "refused, as are families of flags, with what to do instead"),
+    ):
+        names = ", ".join(flag.name for flag in table.values() if flag.action == action)
         lines += ["", f"{title} (docs/flags.md)"]
-        lines.append(
-            textwrap.fill(", ".join(names), WIDTH, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False)
-        )
+        lines.append(textwrap.fill(names, WIDTH, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False))
     return "\n".join(lines) + "\n"
 
 
