@@ -53,6 +53,12 @@ class DivergedError(MegalmError):
     exit_code = 7
 
 
+class ReplicaError(MegalmError):
+    """Ranks that should hold equal parameters and do not."""
+
+    exit_code = 9
+
+
 class CheckpointError(MegalmError):
     """A checkpoint that is missing, incomplete, damaged or made for another model."""
 

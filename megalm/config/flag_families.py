@@ -292,8 +292,7 @@ FAMILIES = (
     # Beside training.
     family(
         "--inprocess-* --enable-ft-package --calc-ft-timeouts --ft-* --gpu-sniff-test-interval "
-        "--check-weight-hash-across-dp-replicas-interval --result-rejected-tracker-filename "
-        "--run-workload-inspector-server",
+        "--result-rejected-tracker-filename --run-workload-inspector-server",
         "hangs and gradients that are not finite end a run, which the launcher starts again",
         "remove it; see --hang-timeout-minutes and --max-skipped-steps",
     ),

@@ -75,6 +75,8 @@ TARGETS = (
     takes("--exit-duration-in-mins", "training.exit_duration_minutes"),
     takes("--hang-timeout-minutes", "training.hang_timeout_minutes"),
     takes("--distributed-timeout-minutes", "training.hang_timeout_minutes"),
+    takes("--check-replicas-interval", "training.check_replicas_interval"),
+    takes("--check-weight-hash-across-dp-replicas-interval", "training.check_replicas_interval"),
     takes("--kill-switch-path", "training.kill_switch_path"),
     takes("--kill-switch-file", "training.kill_switch_path"),
     takes("--seed", "training.seed"),

@@ -34,6 +34,11 @@ class TrainingConfig:
         doc="End the run, and report every rank's stacks, when no rank has got any further for so many minutes: no "
         "micro-batch, no megabyte of a save. 0 does not watch.",
     )
+    check_replicas_interval: int = option(
+        100,
+        doc="Steps between comparisons of the parameters that several ranks hold alike, which come before every save "
+        "and at the end too. Where copies differ the run ends and they are not saved. 0 never compares.",
+    )
     kill_switch_path: str | None = option(None, doc="Save and stop when this file exists.")
     seed: int = option(1234, doc="Seed of initial weights, sample order and dropout.")
 

@@ -49,6 +49,7 @@ from megalm.train.gradient_sums import GradientSums
 from megalm.train.kernel_choice import choose_on_all_ranks
 from megalm.train.loop import Run
 from megalm.train.optimizer import build_optimizer
+from megalm.train.replica_check import ReplicaCheck
 from megalm.train.samples import check_samples_left, sample_counts
 from megalm.train.saver import Saver
 from megalm.train.schedule import BatchSize, LearningRate
@@ -208,6 +209,7 @@ def build(plan: Plan, topology: Topology) -> Run:
         console=console,
         sinks=together(topology, opened),
         watchdog=build_watchdog(config, topology),
+        replicas=ReplicaCheck(engine.module, config, topology),
         profiler=build_profiler(config, topology, console),
         compile_watch=compile_watch,
         flops_per_token=flops_per_token(config.model, seq_length=config.data.seq_length),

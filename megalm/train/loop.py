@@ -21,6 +21,7 @@ from megalm.topology.topology import Topology
 from megalm.train.compile import STEPS_TO_COMPILE, CompileWatch
 from megalm.train.engine import Engine
 from megalm.train.evaluation import Evaluator
+from megalm.train.replica_check import ReplicaCheck
 from megalm.train.saver import Saver
 from megalm.train.schedule import BatchSize, LearningRate
 from megalm.train.sinks import draw_curve
@@ -54,6 +55,7 @@ class Run:
     console: Console
     sinks: Sequence[Sink]
     watchdog: Watchdog
+    replicas: ReplicaCheck
     profiler: StepProfiler
     compile_watch: CompileWatch
     flops_per_token: float
@@ -81,7 +83,7 @@ def train(run: Run) -> int:
     """Train until the run is complete or somebody asks it to stop; what was trained is saved in either case.
 
     Returns the exit code of the program. Raises: CheckpointError if a checkpoint cannot be written; DivergedError, as
-    `stop_if_diverged` does.
+    `stop_if_diverged` does; ReplicaError, as `stop_if_drifted` does.
     """
     first = run.state.step
     run.stop.listen()
@@ -94,15 +96,19 @@ def train(run: Run) -> int:
         for sink in run.sinks:
             sink.log_step(metrics)
         stop_if_diverged(run, metrics)
+        saves = _is_due(run.state, run.config.output.save_interval)
+        if saves or run.replicas.is_due(run.state.step):
+            stop_if_drifted(run)
         if _is_due(run.state, run.config.training.eval_interval) or run.is_complete:
             evaluate(run, run.validation)
-        if _is_due(run.state, run.config.output.save_interval):
+        if saves:
             run.watchdog.at("saving", run.state.step)
             run.saver.save(run.state)
         run.saver.poll()
         run.watchdog.at("agreeing on whether to go on", run.state.step)
         reason = run.stop.agree(run.state.step, run.topology)
     if run.state.step > first or run.is_complete:
+        stop_if_drifted(run)
         run.watchdog.at("saving", run.state.step)
         run.saver.save_last(run.state)
     unsaved = "" if run.config.output.save else "; nothing was saved, as --save names no folder"
@@ -195,10 +201,7 @@ def stop_if_diverged(run: Run, metrics: StepMetrics) -> None:
     run.skipped_in_a_row = run.skipped_in_a_row + 1 if metrics.skipped else 0
     if training.dtype == "fp16" or not 0 < training.max_skipped_steps <= run.skipped_in_a_row:
         return
-    try:
-        run.saver.finish()
-    except CheckpointError as error:
-        run.console.error(str(error))
+    _finish_last_save(run)
     first = metrics.step - run.skipped_in_a_row + 1
     raise DivergedError(
         f"gradients were not finite in {run.skipped_in_a_row} steps in a row, {first} to {metrics.step}, and no update "
@@ -206,6 +209,26 @@ def stop_if_diverged(run: Run, metrics: StepMetrics) -> None:
         f"  go on from a checkpoint of before step {first} with a lower --lr, or without the data that follow: "
         "--skip-train-iteration-range"
     )
+
+
+def stop_if_drifted(run: Run) -> None:
+    """Compare the parameters that ranks hold alike.
+
+    Raises: ReplicaError, the same on every rank, where they differ. Nothing is saved but what was equal before.
+    """
+    run.watchdog.at("comparing replicas", run.state.step)
+    drifts = run.replicas.find(run.state.step)
+    if drifts:
+        _finish_last_save(run)
+        raise run.replicas.error(drifts, step=run.state.step, saved_step=run.saver.saved_step, config=run.config)
+
+
+def _finish_last_save(run: Run) -> None:
+    """Let a checkpoint in flight be published, if it can be: it is from before what ends the run."""
+    try:
+        run.saver.finish()
+    except CheckpointError as error:
+        run.console.error(str(error))
 
 
 def evaluate(run: Run, evaluator: Evaluator) -> dict[str, float]:

@@ -19,9 +19,9 @@ from megalm.parallel import collectives, head_loss
 from megalm.parallel.cross_entropy import vocab_parallel_cross_entropy
 from megalm.parallel.embedding import VocabParallelEmbedding
 from megalm.parallel.linear import ColumnParallelLinear, RowParallelLinear
-from megalm.parallel.replicas import replica_difference
+from megalm.parallel.replicas import Drift, copies_of, find_drift
 from megalm.parallel.shard import mark_replicated, mark_sharded
-from megalm.topology.group import Group
+from megalm.topology.group import SOLO, Group
 
 S, B, H, OUT, VOCAB = 8, 3, 16, 24, 32
 
@@ -180,14 +180,26 @@ def replica_bits(tp: Group) -> float:
         ("flipped", mark_replicated(nn.Parameter(torch.randn(7).bfloat16()))),
         ("sharded", mark_sharded(nn.Parameter(torch.full((4,), float(tp.rank))), dim=0)),
     ]
-    clean = replica_difference(parameters, tp)
+
+    def differing() -> dict[str, list[Drift]]:
+        tensors = {name: parameter.detach() for name, parameter in parameters}
+        over = {"tp": copies_of(parameters, tp=tp), "dp": copies_of(parameters, tp=SOLO, dp=tp)}
+        cpu = torch.device("cpu")
+        return {axis: find_drift(tensors, copies, world=tp, device=cpu) for axis, copies in over.items()}
+
+    sharded = Drift("dp", tp.ranks, (), ("sharded",))  # No two ranks have the same.
+    expected = [{"tp": [], "dp": [sharded] if tp.size > 1 else []}]
+    found = [differing()]
     if tp.is_last:
         parameters[1][1].data.view(torch.int16)[3] ^= 1
-    found = replica_difference(parameters, tp)
-    everything = replica_difference(parameters, tp, include_sharded=True)
-    expected = [[], ["flipped"], ["flipped", "sharded"]] if tp.size > 1 else [[], [], []]
-    return float([clean, found, everything] != expected)
-
+    odd = (tp.size - 1,) if tp.size > 2 else ()
+    flipped = {axis: Drift(axis, tp.ranks, odd, ("flipped",)) for axis in ("tp", "dp")}
+    if tp.size == 2:
+        flipped["dp"] = Drift("dp", tp.ranks, (), ("flipped", "sharded"))
+    with_sharded = [flipped["dp"]] if tp.size == 2 else [sharded, flipped["dp"]]
+    expected.append({"tp": [flipped["tp"]], "dp": with_sharded} if tp.size > 1 else {"tp": [], "dp": []})
+    found.append(differing())
+    return float(found != expected)
 
 LAYER_CASES: dict[str, Callable[[Group], float]] = {
     "column": lambda tp: column(tp, sequence_parallel=False),

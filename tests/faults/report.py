@@ -20,6 +20,8 @@ Faults are injected into real processes that talk over gloo: a GPT of two blocks
 steps. After every fault the newest published checkpoint must verify, no more than a save interval may be lost, the
 exit code must be the documented one and no process may be left; every checkpoint and every loss, bit for bit, must be
 those of the run that nobody disturbed: parameters, optimizer and random-number states by the sha256 of their files.
+B3 changes one bit of one rank's parameters: the run must end with exit code 9, name the parameter, save nothing of it
+and, started again, come to the end of the undisturbed one.
 C is bad data, given to what reads it in a run: the answer must be an error that names it, or the right tokens.
 F are ranks that hang, with a limit of three seconds: every rank that can must write its stacks, one line must name the
 rank at fault, and the run must end with exit code 8; steps, saves and evaluations that go on must not be taken for one.
