@@ -29,7 +29,7 @@ NOT_NEGATIVE = (
     "training.min_lr", "training.lr_warmup_iters", "training.lr_warmup_samples", "training.weight_decay",
     "training.clip_grad", "training.z_loss_coeff", "training.eval_interval", "training.max_skipped_steps",
     "training.hang_timeout_minutes", "training.check_replicas_interval", "training.seed", "data.num_workers",
-    "data.valid_num_workers",
+    "data.valid_num_workers", "output.straggler_interval",
 )  # fmt: skip
 IN_PLACE_OF_ZERO = {
     "training.lr": "--eval-only measures a model without training it",

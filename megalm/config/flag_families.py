@@ -313,10 +313,15 @@ FAMILIES = (
     ),
     family(
         "--log-params-norm --log-num-zeros-in-grad --log-memory-to-tensorboard --log-optimizer-states-to-tensorboard "
-        "--log-straggler --straggler-* --disable-straggler-on-startup --log-progress --log-energy "
-        "--log-device-memory-used --log-memory-interval --log-max-attention-logit --timing-log-option",
+        "--log-progress --log-energy --log-device-memory-used --log-memory-interval --log-max-attention-logit "
+        "--timing-log-option",
         "none of it is recorded",
         TELEMETRY,
+    ),
+    family(
+        "--straggler-* --disable-straggler-on-startup",
+        "slow ranks are named in the log, from the start",
+        "remove it and pass --log-straggler",
     ),
     family(
         "--record-memory-history --memory-snapshot-path --record-shapes --nvtx-ranges --pytorch-profiler-*",

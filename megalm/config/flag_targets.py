@@ -147,6 +147,8 @@ TARGETS = (
     switch("--override-opt_param-scheduler", "output.override_lr_schedule", True, "Megatron-Core's name for the same."),
     switch("--override-opt-param-scheduler", "output.override_lr_schedule", True, "Megatron-Core's name for the same."),
     takes("--log-interval", "output.log_interval"),
+    switch("--log-straggler", "output.straggler_interval", 5),
+    takes("--straggler-interval", "output.straggler_interval"),
     takes("--fp8-format", "output.linear", words={"hybrid": "fp8", "e4m3": "fp8_e4m3"}),
     switch("--fp8-hybrid", "output.linear", "fp8"),
     switch("--fp8-e4m3", "output.linear", "fp8_e4m3"),

@@ -44,6 +44,11 @@ class OutputConfig:
     )
 
     log_interval: int = option(10, doc="Steps between progress lines.")
+    straggler_interval: int = option(
+        0,
+        doc="Compare what each rank takes for a step by itself every so many steps, and name those that are slower "
+        "than others of their stage. On GPUs their waits for data alone are seen. 0 compares nothing.",
+    )
     metrics_path: str | None = option(
         None, doc="JSON-lines file of every logged metric; save/metrics.jsonl when not given."
     )

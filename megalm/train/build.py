@@ -55,6 +55,7 @@ from megalm.train.saver import Saver
 from megalm.train.schedule import BatchSize, LearningRate
 from megalm.train.sinks import build_profiler, open_sinks
 from megalm.train.stop import StopRequest
+from megalm.train.stragglers import Stragglers
 from megalm.train.watchdog import build_watchdog
 
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -119,7 +120,7 @@ def running(plan: Plan) -> Iterator[Run]:
         with only_saver(plan.config, topology):
             run = build(plan, topology)
             try:
-                with run.watchdog.watching():
+                with run.watchdog.watching(), run.stragglers.counting():
                     yield run
             finally:
                 run.profiler.close()
@@ -209,6 +210,7 @@ def build(plan: Plan, topology: Topology) -> Run:
         console=console,
         sinks=together(topology, opened),
         watchdog=build_watchdog(config, topology),
+        stragglers=Stragglers(topology, interval=config.output.straggler_interval),
         replicas=ReplicaCheck(engine.module, config, topology),
         profiler=build_profiler(config, topology, console),
         compile_watch=compile_watch,

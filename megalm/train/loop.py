@@ -27,6 +27,7 @@ from megalm.train.schedule import BatchSize, LearningRate
 from megalm.train.sinks import draw_curve
 from megalm.train.state import TrainState
 from megalm.train.stop import EXIT_ASKED_TO_STOP, EXIT_FINISHED, StopReason, StopRequest
+from megalm.train.stragglers import Stragglers
 from megalm.train.watchdog import Watchdog
 
 SPEED_WINDOW_STEPS = 20
@@ -56,6 +57,7 @@ class Run:
     sinks: Sequence[Sink]
     watchdog: Watchdog
     replicas: ReplicaCheck
+    stragglers: Stragglers
     profiler: StepProfiler
     compile_watch: CompileWatch
     flops_per_token: float
@@ -95,6 +97,8 @@ def train(run: Run) -> int:
         metrics = step(run)
         for sink in run.sinks:
             sink.log_step(metrics)
+        for line in run.stragglers.look(metrics.step, num_samples=metrics.global_batch_size or 1):
+            run.console.warning(line)
         stop_if_diverged(run, metrics)
         saves = _is_due(run.state, run.config.output.save_interval)
         if saves or run.replicas.is_due(run.state.step):
@@ -156,10 +160,13 @@ def step(run: Run) -> StepMetrics:
 
     run.watchdog.at("training", state.step + 1)
     batches = TimedBatches(run.watchdog.batches(run.batches, "training", state.step + 1))
+    waited = run.stragglers.waited_seconds
     started = time.perf_counter()
     with run.profiler.step(state.step + 1):
         result = run.engine.train_step(batches, global_batch_size=batch_size, learning_rate=learning_rate)
     step_seconds = time.perf_counter() - started
+    waited = run.stragglers.waited_seconds - waited
+    run.stragglers.add(step_seconds=step_seconds, waited_seconds=waited, data_seconds=batches.seconds)
     run.steps_here += 1
     run.compile_watch.report(f"step {state.step + 1}", expected=run.steps_here <= STEPS_TO_COMPILE)
 
