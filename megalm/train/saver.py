@@ -184,6 +184,7 @@ class Saver:
             load_optimizer=output.load_optim and not output.finetune,
             weights_only=output.finetune,
         )
+        self._warn_of_drift(path, loaded.drift)
         if loaded.rng is not None and output.load_rng and not output.finetune:
             self.streams.load_state_dict(loaded.rng)
         state = _progress(loaded.state, output)
@@ -198,6 +199,19 @@ class Saver:
             f"loaded in {time.monotonic() - started:.2f} s"
         )
         return state
+
+    def _warn_of_drift(self, path: Path, drift: dict[str, float]) -> None:
+        """Tell that tensor ranks had different copies of what they hold alike.
+
+        Communicates: one all-gather of small objects over the world.
+        """
+        found = {name: size for drifts in exchange(drift, self.topology.world) for name, size in drifts.items()}
+        if found:
+            most = max(found, key=lambda name: found[name])
+            self.console.warning(
+                f"{path} has different copies of {len(found)} weight{'s' if len(found) > 1 else ''} that tensor ranks "
+                f"should hold alike, {most} by {found[most]:.1e} from their mean; the means were loaded"
+            )
 
     def _go_on(self, path: Path | None, tip: Tip) -> None:
         """Warn of checkpoints that lie ahead: this run was taken back, or what was newest is damaged.

@@ -16,7 +16,7 @@ import torch
 
 from megalm.errors import ReplicaError
 from tests.faults.report import Figures
-from tests.faults.trial import DP2, PP2, TP2, CleanRuns, Setting, Trial
+from tests.faults.trial import DP2, PP2, TP2, Clean, CleanRuns, Setting, Trial
 from tests.support.ranks import run_ranks
 
 pytestmark = pytest.mark.dist
@@ -178,3 +178,16 @@ def test_a_run_with_a_flipped_bit_saves_nothing_and_goes_on_from_before(
                 assert trial.run().code == 0
                 (folder / "metrics.jsonl.discarded").unlink()  # The steps after the flip.
                 trial.check_complete()
+
+
+def test_a_checkpoint_whose_copies_differ_is_loaded_as_their_mean_with_a_warning(
+    clean_runs: CleanRuns, tmp_path: Path
+) -> None:
+    """What a run saved that compared nothing."""
+    trial = Trial(Clean(replace(TP2, steps=6), clean_runs.corpus, tmp_path), tmp_path / "run")
+    name = "h.1.input_layernorm.bias"
+    without = ("--check-replicas-interval", "0", "--exit-interval", "5")
+    assert trial.run(*without, prepare=flip_in_run, arguments=(1, name, 5)).code == 75
+    ended = trial.run("--log-level", "warning")
+    assert ended.code == 0, ended.output
+    assert f"different copies of 1 weight that tensor ranks should hold alike, {name} by" in ended.output
