@@ -75,7 +75,7 @@ CASES = {
 }
 FIRST = (28, 26, 27)
 """From which step on it is slow: in the middle, at the beginning, and just after that of a window."""
-IN_DEFAULT = ("PP2, rank 1 computes", "DP2, rank 1 waits for data")
+IN_DEFAULT = ("PP2, rank 1 computes",)
 SAID = re.compile(
     r"warning: rank (\d) \((.*), on \S+\) takes (\d+) ms a step longer than .*?(waiting for data)?; "
     r"since step (\d+), told after (\d+)"
