@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -51,8 +51,7 @@ class Pieces:
         return found[0] if len(found) == 1 else torch.cat(found)
 
 
-@dataclass(frozen=True)
-class LocalState:
+class LocalState(NamedTuple):
     """The optimizer state of one weight on one (stage, tensor rank): by key, flat."""
 
     pieces: Mapping[str, Pieces]
@@ -99,11 +98,23 @@ class OptimizerFiles:
                 return found()
         raise CheckpointError(f"{self._folder} has no optimizer state of {weight.name} for tensor rank {tp_rank}")
 
+    def state_of_copies(self, weight: Weight) -> LocalState:
+        """The state of a weight that all tensor ranks hold alike; the mean, where their copies were found to differ."""
+        first = self.state(weight, 0)
+        if weight.name not in self._layers.drift:
+            return first
+        others = [self.state(weight, rank) for rank in range(1, self._tp_size)]
+        means = {}
+        for key, pieces in first.pieces.items():
+            copies = torch.stack([one.range(0, weight.numel) for one in (pieces, *(o.pieces[key] for o in others))])
+            means[key] = Pieces((copies.double().mean(dim=0).to(copies.dtype),))
+        return LocalState(means, first.step)
+
     def whole(self, weight: Weight, key: str) -> Tensor:
         """One of a weight's states, whole: shards of all tensor ranks concatenated."""
         shape = list(weight.shape)
         if weight.partition_dim is None:
-            return self.state(weight, 0).pieces[key].range(0, weight.numel).view(shape)
+            return self.state_of_copies(weight).pieces[key].range(0, weight.numel).view(shape)
         shape[weight.partition_dim] //= self._tp_size
         count = weight.numel // self._tp_size
         version, head_size = self._layers.qkv_version, self._layers.shape.block.head_size

@@ -76,7 +76,10 @@ class Restorer:
         if self._files is None:
             state.put(parameter, MASTER, flat[owned[0] : owned[1]])
             return
-        pieces = self._files.state(stored, 0 if stored.partition_dim is None else self._source_rank).pieces
+        if stored.partition_dim is None:
+            pieces, step = self._files.state_of_copies(stored)
+        else:
+            pieces, step = self._files.state(stored, self._source_rank)
         same = self._same_shards(stored, weight) and self._layers.qkv_version >= CURRENT
         for key in (MASTER, *MOMENTS):
             if key not in pieces:
@@ -88,7 +91,6 @@ class Restorer:
                 part = shard(weight, whole, tp_rank=self._tp.rank, tp_size=self._tp.size).reshape(-1)[slice(*owned)]
             if part is not None:
                 state.put(parameter, key, part)
-        step = self._files.state(stored, 0 if stored.partition_dim is None else self._source_rank).step
         state.put_step(parameter, step)
 
     @property

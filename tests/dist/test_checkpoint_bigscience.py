@@ -20,10 +20,13 @@ pytestmark = pytest.mark.dist
 NO_DROPOUT: dict[str, Any] = {"hidden_dropout": 0.0, "attention_dropout": 0.0, "zero_stage": 1}
 
 
-def test_two_layouts_go_on_from_its_masters_and_moments_with_equal_losses(tmp_path: Path) -> None:
+@pytest.mark.parametrize("drift", [0.0, 0.25], ids=["", "with copies that have drifted"])
+def test_two_layouts_go_on_from_its_masters_and_moments_with_equal_losses(tmp_path: Path, drift: float) -> None:
     from tests.support.training import tiny_config
 
-    truth = write_bigscience(tmp_path / "theirs" / "global_step7", tiny_config(**NO_DROPOUT), version=0)
+    theirs = tmp_path / "theirs" / "global_step7"
+    truth = write_bigscience(theirs, tiny_config(**NO_DROPOUT), version=0, drift=drift)
+    bound = 2.0**-22 if drift else 0.0  # Adding the drift, and the mean, round values below 4.
     losses = {}
     for tp in (1, 2):
         saved = tmp_path / f"tp{tp}"
@@ -31,9 +34,8 @@ def test_two_layouts_go_on_from_its_masters_and_moments_with_equal_losses(tmp_pa
         losses[tp] = run_ranks(load_and_save_again, tp, pairs, {**NO_DROPOUT, "tp": tp})[0][0]
         ours = consolidated(saved / f"global_step{STEP}")
         for name, values in truth.items():
-            assert torch.equal(ours[name], values["fp32"]), name
-            assert torch.equal(ours[f"{name} exp_avg"], values["exp_avg"]), name
-            assert torch.equal(ours[f"{name} exp_avg_sq"], values["exp_avg_sq"]), name
+            for key, found in (("fp32", name), ("exp_avg", f"{name} exp_avg"), ("exp_avg_sq", f"{name} exp_avg_sq")):
+                assert (ours[found] - values[key]).abs().max() <= bound, found
             assert float(ours[f"{name} step"]) == STEP
     for tp, values in losses.items():
         assert len(values) == 2

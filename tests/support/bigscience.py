@@ -72,9 +72,17 @@ def old_order(weight: Weight, part: Tensor, *, version: float, head_size: int) -
 
 
 def write_bigscience(
-    folder: Path, config: Config, *, tp_size: int = 2, dp_size: int = 2, version: float = 3.0, zipped: bool = True
+    folder: Path,
+    config: Config,
+    *,
+    tp_size: int = 2,
+    dp_size: int = 2,
+    version: float = 3.0,
+    zipped: bool = True,
+    drift: float = 0.0,
 ) -> dict[str, dict[str, Tensor]]:
-    """Write one stage's checkpoint; returns weights and moments, whole, in today's order, by name and key."""
+    """Write one stage's checkpoint; returns weights and moments, whole, in today's order, by name and key. Copies of
+    what tensor ranks hold alike are `drift` from each other, and from what is returned on both sides."""
     folder.mkdir(parents=True)
     head_size = config.model.head_size
     sources = {key: random_weights(config, seed=seed) for seed, key in enumerate(("fp32", "exp_avg", "exp_avg_sq"))}
@@ -86,6 +94,8 @@ def write_bigscience(
     def part(weight: Weight, key: str, rank: int) -> Tensor:
         whole = truth[weight.name][key]
         own = shard(weight, whole, tp_rank=rank, tp_size=tp_size).clone()
+        if weight.partition_dim is None:
+            own += drift * (rank - (tp_size - 1) / 2)
         return old_order(weight, own, version=version, head_size=head_size)
 
     table = [weight for weight, _ in sources["fp32"]]
