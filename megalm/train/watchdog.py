@@ -39,6 +39,8 @@ NOTABLE_BYTES = 2**20
 MOST_SECONDS_FOR_STACKS = 10.0
 SECONDS_AFTER = 5
 """What the ranks that do not report give the one that does beyond that time."""
+STORE_THREAD = "pt_tcpstore"
+"""How the names of the threads begin that serve torch's TCPStore, in torch 2.7 to 2.13."""
 WAITING = "waiting for data"
 
 
@@ -251,13 +253,25 @@ def build_watchdog(config: Config, topology: Topology) -> Watchdog:
 
 
 def bytes_moved() -> int:
-    """Bytes that this process has read and written, as Linux counts them; 0 elsewhere."""
+    """Bytes that this process has read and written, as Linux counts them; 0 elsewhere.
+
+    Those that serve torch's store are none of them: watchdogs that wait ask it without end.
+    """
     try:
-        lines = Path("/proc/self/io").read_text(encoding="ascii").splitlines()
+        moved = _bytes_of(Path("/proc/self"))
+        threads = list(Path("/proc/self/task").iterdir())
     except OSError:
         return 0
-    counts = dict(line.split(": ") for line in lines)
-    return int(counts.get("rchar", 0)) + int(counts.get("wchar", 0))
+    for thread in threads:
+        with contextlib.suppress(OSError):  # It has ended.
+            if (thread / "comm").read_text(encoding="utf-8", errors="replace").startswith(STORE_THREAD):
+                moved -= _bytes_of(thread)
+    return moved
+
+
+def _bytes_of(task: Path) -> int:
+    counts = dict(line.split(": ") for line in (task / "io").read_text(encoding="ascii").splitlines())
+    return sum(int(counts.get(name, 0)) for name in ("rchar", "wchar", "read_bytes"))  # The last knows mapped files.
 
 
 def _hold_interpreter(seconds: int) -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
 from megalm.train import watchdog
 from megalm.train.watchdog import EXIT_HUNG, WAITING, Watchdog
@@ -181,3 +183,17 @@ def test_it_counts_what_this_process_reads(tmp_path: Path) -> None:
     before = watchdog.bytes_moved()
     (tmp_path / "a").read_bytes()
     assert 3_000_000 <= watchdog.bytes_moved() - before < 3_100_000
+
+
+def test_what_others_ask_of_the_store_in_this_process_is_no_progress() -> None:
+    """Of 32 ranks that wait, their questions alone come to megabytes within the limit."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=5))
+    other = dist.TCPStore(
+        "127.0.0.1", store.port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=5)
+    )
+    other.set("mark/0", "a" * 100_000)
+    before = watchdog.bytes_moved()
+    for _ in range(100):
+        other.set("mark/0", "a" * 100_000)
+        other.get("mark/0")
+    assert watchdog.bytes_moved() - before < 1_000_000
