@@ -47,6 +47,12 @@ class DeviceMemoryError(MegalmError):
     is_of_one_rank = True
 
 
+class HangError(MegalmError):
+    """Ranks that were waited for in vain."""
+
+    exit_code = 8
+
+
 class DivergedError(MegalmError):
     """A training whose numbers are no longer finite, and which would go on for nothing."""
 

@@ -32,7 +32,8 @@ class TrainingConfig:
     hang_timeout_minutes: float = option(
         10.0,
         doc="End the run, and report every rank's stacks, when no rank has got any further for so many minutes: no "
-        "micro-batch, no megabyte of a save. 0 does not watch.",
+        "micro-batch, no megabyte of a save. A part of a run's start or end has 120 minutes if that is more. 0 does "
+        "not watch.",
     )
     check_replicas_interval: int = option(
         100,

@@ -32,8 +32,12 @@ class StoreBoard:
     others wait for it as long as they have patience.
     """
 
-    def __init__(self, host: str, port: int, *, prefix: str, patience_seconds: float = 5.0) -> None:
+    def __init__(
+        self, host: str, port: int, *, prefix: str, patience_seconds: float = 5.0, kept: object = None
+    ) -> None:
+        """`kept` holds the store, where this process does, for as long as there is a board."""
         self._address = (host, port)
+        self._kept = kept
         self._prefix = prefix
         self._patience = patience_seconds
         self._requests: queue.SimpleQueue[tuple[Callable[[Any], Any], queue.SimpleQueue[Any]]] = queue.SimpleQueue()

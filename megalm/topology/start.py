@@ -9,7 +9,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, NoReturn
@@ -18,12 +18,15 @@ from megalm.errors import MegalmError, TopologyError
 from megalm.program import EXIT_INTERRUPTED
 from megalm.topology.board import StoreBoard
 from megalm.topology.layout import Layout
+from megalm.topology.meeting import Meeting
 
 if TYPE_CHECKING:
     from megalm.topology.topology import Topology
 
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 SECONDS_TO_SPEAK = 3.0
+PATIENCE_MINUTES = 30.0
+"""What ranks that join give each other, as torch does on CPUs."""
 
 
 @dataclass(frozen=True)
@@ -78,8 +81,28 @@ def name_device_to_deepspeed() -> None:
     os.environ.setdefault("DS_ACCELERATOR", device_type())
 
 
-def start(launch: Launch, *, tp: int, pp: int, backend: str = "auto", timeout_minutes: float = 30.0) -> Topology:
-    """Join the other processes and lay the axes over them.
+def meet(launch: Launch, *, warn: Callable[[str], None], limit_minutes: float = PATIENCE_MINUTES) -> StoreBoard | None:
+    """Wait until all processes are there; what they tell each other from then on, None where there is one.
+
+    To be called before `start`, whose own limit names nobody.
+    Raises: HangError with the ranks that do not come; TopologyError if another program has the port.
+    """
+    if launch.world_size == 1:
+        return None
+    meeting = Meeting(
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        rank=launch.rank,
+        world_size=launch.world_size,
+        # Under torchrun its agent serves, one start of the processes after the other.
+        serves=launch.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != str(True),
+        prefix=f"megalm/meeting/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}",
+    )
+    return meeting.board(limit_seconds=60.0 * limit_minutes, warn=warn)
+
+
+def start(launch: Launch, *, tp: int, pp: int, backend: str = "auto", timeout_minutes: float | None = None) -> Topology:
+    """Join the other processes and lay the axes over them. `timeout_minutes` is what collectives get.
 
     Raises: TopologyError if tp * pp does not divide the world, or the backend cannot work on this device. Both are
     known before any process waits for another one, so all of them stop.
@@ -100,7 +123,7 @@ def start(launch: Launch, *, tp: int, pp: int, backend: str = "auto", timeout_mi
         )
     if launch.world_size == 1:
         _complete_environment_of_one_process()
-    _join(backend, timeout_minutes)
+    _join(backend, timeout_minutes or PATIENCE_MINUTES)
     device = torch.device("cuda", launch.local_rank) if on_gpu else torch.device("cpu")
     if on_gpu:
         torch.cuda.set_device(device)
@@ -110,20 +133,18 @@ def start(launch: Launch, *, tp: int, pp: int, backend: str = "auto", timeout_mi
 
 
 def allow_collectives(minutes: float) -> None:
-    """Give collectives of all groups that there are so long, in place of torch's 10 minutes on GPUs and 30 on CPUs: the
-    watchdog is to speak before torch ends one process without a word about the others."""
+    """Give collectives so long, of all groups that there are and of those to come, in place of torch's 10 minutes on
+    GPUs and 30 on CPUs: the watchdog is to speak before torch ends one process without a word about the others."""
     from torch.distributed import distributed_c10d
 
+    for name in ("default_pg_timeout", "default_pg_nccl_timeout"):
+        if isinstance(getattr(distributed_c10d, name, None), timedelta):
+            setattr(distributed_c10d, name, timedelta(minutes=minutes))
     groups = getattr(distributed_c10d, "_world", None)
     set_timeout = getattr(distributed_c10d, "_set_pg_timeout", None)  # private in torch 2.7 to 2.13
     if groups is not None and set_timeout is not None:
         for group in list(groups.pg_map):
             set_timeout(timedelta(minutes=minutes), group)
-
-
-def open_board(prefix: str) -> StoreBoard:
-    """What ranks tell each other, over the store at which the launcher had them meet; `prefix` is this run's alone."""
-    return StoreBoard(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), prefix=prefix)
 
 
 def report_failure(error: MegalmError) -> int:

@@ -36,7 +36,7 @@ from megalm.telemetry.console import Console
 from megalm.tokenizers.build import build_tokenizer
 from megalm.tokenizers.protocol import Tokenizer
 from megalm.topology.agree import exchange, together
-from megalm.topology.start import Launch, device_type, start, stop
+from megalm.topology.start import Launch, allow_collectives, device_type, meet, start, stop
 from megalm.topology.topology import Topology
 from megalm.train.compile import compile_blocks
 from megalm.train.contests import Contests
@@ -56,7 +56,7 @@ from megalm.train.schedule import BatchSize, LearningRate
 from megalm.train.sinks import build_profiler, open_sinks
 from megalm.train.stop import StopRequest
 from megalm.train.stragglers import Stragglers
-from megalm.train.watchdog import build_watchdog
+from megalm.train.watchdog import Watchdog, build_watchdog
 
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """What training.dtype names."""
@@ -114,24 +114,43 @@ def prepare(config: Config) -> Plan:
 @contextlib.contextmanager
 def running(plan: Plan) -> Iterator[Run]:
     """Join the other processes, build the run, and take both down again however it ends."""
+    console = Console(plan.launch.rank == 0, plan.config.output.log_level)
+    watchdog = build_watchdog(plan.config, plan.launch, meet(plan.launch, warn=console.warning))
+    with watchdog.watching():
+        watchdog.starts("joining the other ranks")
+        topology = _join(plan, watchdog)
+        try:
+            with only_saver(plan.config, topology):
+                run = build(plan, topology, watchdog)
+                _allow_collectives(watchdog, starting=False)
+                try:
+                    with run.stragglers.counting():
+                        yield run
+                finally:
+                    watchdog.ends("closing its records")
+                    run.profiler.close()
+                    for sink in run.sinks:
+                        sink.close()
+        except RuntimeError as error:
+            if not isinstance(error, torch.OutOfMemoryError) and NO_HOST_MEMORY not in str(error):
+                raise
+            raise DeviceMemoryError(_memory_used_up(plan.config, topology, error)) from error
+        finally:
+            watchdog.ends("leaving the other ranks")
+            stop()
+
+
+def _join(plan: Plan, watchdog: Watchdog) -> Topology:
     parallel = plan.config.parallel
-    topology = start(plan.launch, tp=parallel.tp, pp=parallel.pp, backend=parallel.backend)
-    try:
-        with only_saver(plan.config, topology):
-            run = build(plan, topology)
-            try:
-                with run.watchdog.watching(), run.stragglers.counting():
-                    yield run
-            finally:
-                run.profiler.close()
-                for sink in run.sinks:
-                    sink.close()
-    except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and NO_HOST_MEMORY not in str(error):
-            raise
-        raise DeviceMemoryError(_memory_used_up(plan.config, topology, error)) from error
-    finally:
-        stop()
+    _allow_collectives(watchdog, starting=True)
+    minutes = watchdog.minutes_of_collectives(starting=True)
+    return start(plan.launch, tp=parallel.tp, pp=parallel.pp, backend=parallel.backend, timeout_minutes=minutes)
+
+
+def _allow_collectives(watchdog: Watchdog, *, starting: bool) -> None:
+    minutes = watchdog.minutes_of_collectives(starting=starting)
+    if minutes is not None:
+        allow_collectives(minutes)
 
 
 def _memory_used_up(config: Config, topology: Topology, error: RuntimeError) -> str:
@@ -146,8 +165,8 @@ def _memory_used_up(config: Config, topology: Topology, error: RuntimeError) -> 
     )
 
 
-def build(plan: Plan, topology: Topology) -> Run:
-    """The run, at step 0 or where its checkpoint left it.
+def build(plan: Plan, topology: Topology, watchdog: Watchdog) -> Run:
+    """The run, at step 0 or where its checkpoint left it. `watchdog` hears which part of it is being built.
 
     Raises: MegalmError, the same on every rank.
     """
@@ -158,16 +177,19 @@ def build(plan: Plan, topology: Topology) -> Run:
     if config.output.load is None:  # Before minutes go into samples and weights; what is loaded decides otherwise.
         together(topology, partial(check_save_folder, config, None))
     batch_size = BatchSize.from_config(config.training, dp_size=topology.dp.size)
+    watchdog.starts("opening the corpora")
     datasets = together(topology, partial(_open_datasets, plan, verifies=topology.local_rank == 0, log=console.info))
     for line in datasets.report:
         console.info(line)
     for line in dict.fromkeys(itertools.chain(*exchange(datasets.warnings, topology.world))):
         console.warning(line)
+    watchdog.starts("building the model")
     streams = RngStreams(config.training.seed, tp=topology.tp, pp=topology.pp, dp=topology.dp, device=topology.device)
     module, attention = _build_module(plan, topology, streams, console)
     graph = None
     if choose_cuda_graph(config, topology, attention=attention, console=console):
         graph = partial(MicroBatchGraph, console=console)
+    watchdog.starts("building the engine")
     engine = _build_engine(config, module, topology, console, graph=graph)
     compile_watch = compile_blocks(
         module,
@@ -179,10 +201,12 @@ def build(plan: Plan, topology: Topology) -> Run:
     trained = None if config.training.eval_only else datasets.train
     sample_order = None if trained is None else order_digest(trained)
     saver = Saver(config, topology, engine, streams, console, sample_order=sample_order)
+    watchdog.starts("loading")
     state = saver.restore()
     if trained is not None:
         check_samples_left(config, trained, state, dp_size=topology.dp.size)
 
+    watchdog.starts("opening its records")
     continues_save = saver.saved_step == state.step
     opened = partial(open_sinks, config, topology, console, resumed_step=state.step, continues_save=continues_save)
 
@@ -209,7 +233,7 @@ def build(plan: Plan, topology: Topology) -> Run:
         ),
         console=console,
         sinks=together(topology, opened),
-        watchdog=build_watchdog(config, topology),
+        watchdog=watchdog,
         stragglers=Stragglers(topology, interval=config.output.straggler_interval),
         replicas=ReplicaCheck(engine.module, config, topology),
         profiler=build_profiler(config, topology, console),

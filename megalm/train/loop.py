@@ -89,6 +89,7 @@ def train(run: Run) -> int:
     """
     first = run.state.step
     run.stop.listen()
+    run.watchdog.at("agreeing on whether to go on", first)
     reason = run.stop.agree(None, run.topology)
     while not run.is_complete and reason is StopReason.NONE:
         if skip(run):
@@ -120,6 +121,7 @@ def train(run: Run) -> int:
     run.console.info(f"stopped after step {run.state.step}: {why.sentence}{unsaved}")
     if run.is_complete:
         evaluate(run, run.test)
+    run.watchdog.at("drawing the curve", run.state.step)
     draw_curve(run.config, run.topology)
     return EXIT_FINISHED if run.is_complete else EXIT_ASKED_TO_STOP
 
@@ -232,6 +234,7 @@ def stop_if_drifted(run: Run) -> None:
 
 def _finish_last_save(run: Run) -> None:
     """Let a checkpoint in flight be published, if it can be: it is from before what ends the run."""
+    run.watchdog.at("saving", run.state.step)
     try:
         run.saver.finish()
     except CheckpointError as error:

@@ -1,9 +1,9 @@
 """Ends a run that hangs, and says which rank does what.
 
 One rank that waits for ever, for a disk or a broken GPU or a collective that another rank skipped, halts all others in
-their collectives. Each rank tells its watchdog what it is about to do. If no rank has begun anything new for the limit,
-the watchdogs write the stacks of all threads, one of them names who is where, and the processes end, so that whoever
-started the run can start it again from its newest checkpoint.
+their collectives. Each rank tells its watchdog what it is about to do, from when all ranks have met until they part. If
+no rank has begun anything new for the limit, the watchdogs write the stacks of all threads, one of them names who is
+where, and the processes end, so that whoever started the run can start it again from its newest checkpoint.
 """
 
 from __future__ import annotations
@@ -12,47 +12,58 @@ import contextlib
 import ctypes
 import faulthandler
 import os
-import secrets
 import sys
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 import torch
 
 from megalm.config.root import Config
+from megalm.errors import HangError
 from megalm.telemetry.console import PREFIX
-from megalm.topology.agree import exchange
 from megalm.topology.board import Board
-from megalm.topology.start import allow_collectives, open_board
-from megalm.topology.topology import Topology
+from megalm.topology.start import Launch
 
 Item = TypeVar("Item")
 
-EXIT_HUNG = 8
+EXIT_HUNG = HangError.exit_code
+MINUTES_OF_A_PART = 120.0
+"""The limit of each part of a run's start and end, unless --hang-timeout-minutes is more: sample maps of a terabyte
+take far longer than a step."""
 _LIBRARIES = (os.path.dirname(os.__file__), os.path.dirname(os.path.dirname(torch.__file__)), "<frozen")
 NOTABLE_BYTES = 2**20
 """Reading or writing more than this between two looks is progress: a save or a load moves on."""
 MOST_SECONDS_FOR_STACKS = 10.0
 SECONDS_AFTER = 5
 """What the ranks that do not report give the one that does beyond that time."""
+SECONDS_TO_WRITE = 3.0
+"""The folder may lie on what hangs."""
 STORE_THREAD = "pt_tcpstore"
 """How the names of the threads begin that serve torch's TCPStore, in torch 2.7 to 2.13."""
 WAITING = "waiting for data"
+START, END = "the start", "the end"
 
 
 class Mark(NamedTuple):
     """What a rank does, from when it said so."""
 
     operation: str
-    step: int
+    place: str
+    """A step, the start or the end."""
+    limit_seconds: float
+
+    @property
+    def words(self) -> str:
+        """As the other ranks and the report tell it."""
+        return self.operation if self.place in (START, END) else f"{self.operation}, {self.place}"
 
 
 class Watchdog:
-    """One rank's. `at` is for the thread that trains, everything else runs in a thread of the watchdog's own."""
+    """One rank's. The thread that trains says where it is, everything else runs in a thread of the watchdog's own."""
 
     def __init__(
         self,
@@ -75,7 +86,8 @@ class Watchdog:
         self._leave = leave
         self._clock = clock
         self._num_bytes = num_bytes or bytes_moved
-        self._mark = Mark("starting", 0)
+        self._limit_of_a_part = max(limit_seconds, 60.0 * MINUTES_OF_A_PART)
+        self._mark = Mark("starting", START, self._limit_of_a_part)
         self._seen: Mark | None = None
         self._bytes = 0
         self._since = self._looked = clock()
@@ -83,11 +95,26 @@ class Watchdog:
         self._others: dict[str, str] | None = None
         """What all ranks had told when this one was first found to wait, or None while it does not."""
         self._others_since = 0.0
+        self._is_alone = False
         self._over = threading.Event()
+
+    def minutes_of_collectives(self, *, starting: bool) -> float | None:
+        """What torch may give a collective, so that this watchdog speaks first; None if it watches nothing."""
+        limit = self._limit_of_a_part if starting else self._limit
+        return 2.0 * limit / 60.0 + 10.0 if self._limit > 0 else None
 
     def at(self, operation: str, step: int) -> None:
         """Say what this rank does from now on; to be called at every beginning, as that is its progress."""
-        self._mark = Mark(operation, step)
+        self._mark = Mark(operation, f"step {step}", self._limit)
+
+    def starts(self, part: str) -> None:
+        """Say the same of a part of the start, which may take longer than a step."""
+        self._mark = Mark(part, START, self._limit_of_a_part)
+
+    def ends(self, part: str) -> None:
+        """Say the same of a part of the end. Ranks end one after the other: from here on each is watched by itself."""
+        self._mark = Mark(part, END, self._limit_of_a_part)
+        self._is_alone = True
 
     def batches(self, batches: Iterator[Item], operation: str, step: int) -> Iterator[Item]:
         """`batches`, for a reader that is in `operation` when it does not wait for them."""
@@ -120,6 +147,8 @@ class Watchdog:
 
     def look(self) -> None:
         """Compare with the last look, and do what is due."""
+        if self._is_alone:
+            self._board = None
         now, mark, moved = self._clock(), self._mark, self._num_bytes()
         was_stopped = now - self._looked > self._limit / 2.0  # This thread was: time begins anew.
         self._looked = now
@@ -127,19 +156,19 @@ class Watchdog:
             self._seen, self._bytes, self._since, self._others = mark, moved, now, None
             self._pulse += 1
             if self._board is not None:
-                self._board.put(f"mark/{self._rank}", f"{self._pulse} {mark.step} {mark.operation}")
+                self._board.put(f"mark/{self._rank}", f"{self._pulse} {mark.limit_seconds:g} {mark.words}")
             return
-        if now - self._since < self._limit / 5.0:
+        if now - self._since < mark.limit_seconds / 5.0:
             return
         # This rank waits. As long as another one moves on, it is right to; those are watched from here on.
-        told = self._told() or {}
-        if self._others is None or (told and told != self._others):
+        told = self._told() or self._others or {}
+        if told != self._others:
             self._others, self._others_since = told, now
         claimed = told.get("hang")
         if claimed is not None and claimed != str(self._rank):
             self._join_in()
-        elif now - self._others_since >= self._limit:
-            self._end()
+        elif now - self._others_since >= self._limit_of_all(mark, told):
+            self._end(mark)
 
     def _told(self) -> dict[str, str] | None:
         if self._board is None:
@@ -148,14 +177,20 @@ class Watchdog:
         marks = self._board.read([f"mark/{rank}" for rank in range(self._world_size)])
         return None if claimed is None or marks is None else {**claimed, **marks}
 
-    def _end(self) -> None:
+    @staticmethod
+    def _limit_of_all(mark: Mark, told: Mapping[str, str]) -> float:
+        """The longest of what ranks are in: who trains already waits for who still loads."""
+        limits = [float(text.split(" ", 2)[1]) for key, text in told.items() if key.startswith("mark/")]
+        return max(mark.limit_seconds, *limits, 0.0)
+
+    def _end(self, mark: Mark) -> None:
         """Report, unless another rank does."""
         claimed = None if self._board is None else self._board.claim("hang", str(self._rank))
         if claimed not in (None, str(self._rank)):
             self._join_in()
             return
         where = self._write_stacks()
-        lines = self._report(self._answers(), where)
+        lines = self._report(mark, self._answers(), where)
         sys.stderr.write("".join(f"{PREFIX}{line}\n" for line in lines))
         sys.stderr.flush()
         self._leave(EXIT_HUNG)
@@ -185,19 +220,21 @@ class Watchdog:
             time.sleep(0.1)
         return found
 
-    def _report(self, answers: dict[int, str] | None, where: Path | None) -> Iterator[str]:
+    def _report(self, mark: Mark, answers: dict[int, str] | None, where: Path | None) -> Iterator[str]:
+        told = self._told() or self._others or {}
+        limit = self._limit_of_all(mark, told)
         yield (
-            f"error: no rank has got any further for {self._limit / 60.0:.3g} minutes, the limit of "
-            f"--hang-timeout-minutes; step {self._mark.step} is ended with exit code {EXIT_HUNG}"
+            f"error: no rank has got any further for {limit / 60.0:.3g} minutes, the limit of "
+            f"{'--hang-timeout-minutes' if limit == self._limit else 'each part of a start or end'}; "
+            f"{mark.place} is ended with exit code {EXIT_HUNG}"
         )
         if answers is None:
             yield f"  rank {self._rank} says: the process at which ranks meet, rank 0 or its launcher, does not answer"
             answers = {self._rank: self._words()}
-        else:
-            told = self._told() or {}
+        elif self._board is not None:
             for rank in sorted(set(range(self._world_size)) - set(answers)):
-                _, step, operation = told.get(f"mark/{rank}", "0 0 nothing").split(" ", 2)
-                yield f"  rank {rank} does not answer; the last it told was {operation}, step {step}"
+                words = told.get(f"mark/{rank}", "0 0 nothing").split(" ", 2)[2]
+                yield f"  rank {rank} does not answer; the last it told was {words}"
         places: dict[str, list[int]] = defaultdict(list)
         for rank, words in sorted(answers.items()):
             places[words].append(rank)
@@ -205,7 +242,11 @@ class Watchdog:
             yield f"  {_ranks(ranks)}: {words}"
         stacks = f"{where.parent}/rank_N.txt" if where is not None else "above, on each rank's standard error"
         yield f"  stacks of those that answer: {stacks}"
-        yield "  start the run again with --load; a step, save or evaluation that takes longer needs a higher limit"
+        longer = "a step, save or evaluation" if mark.place not in (START, END) else "a part"
+        yield (
+            f"  start the run again with --load; {longer} that takes longer needs a --hang-timeout-minutes of more "
+            f"than {limit / 60.0:.3g}"
+        )
 
     def _words(self) -> str:
         """What this rank does, and where its first thread is in code that belongs to no library."""
@@ -215,38 +256,39 @@ class Watchdog:
         where = ""
         if frame is not None:
             where = f", in {frame.f_code.co_name} ({Path(frame.f_code.co_filename).name}:{frame.f_lineno})"
-        return f"{self._mark.operation}, step {self._mark.step}{where}"
+        return f"{self._mark.words}{where}"
 
     def _write_stacks(self) -> Path | None:
         """Write the stacks of all threads, to standard error where there is no folder to write to."""
         if self._folder is not None:
-            path = self._folder / f"step{self._mark.step}" / f"rank_{self._rank}.txt"
-            with contextlib.suppress(OSError):
-                path.parent.mkdir(parents=True, exist_ok=True)
-                with path.open("w", encoding="utf-8") as file:
-                    file.write(f"rank {self._rank}: {self._words()}\n")
-                    file.flush()
-                    faulthandler.dump_traceback(file, all_threads=True)
+            place = self._mark.place.removeprefix("the ").replace(" ", "")
+            path = self._folder / place / f"rank_{self._rank}.txt"
+            written: list[Path] = []
+            writer = threading.Thread(target=self._write_stacks_to, args=(path, written), daemon=True)
+            writer.start()
+            writer.join(timeout=SECONDS_TO_WRITE)
+            if written:
                 return path
         faulthandler.dump_traceback(sys.stderr, all_threads=True)
         return None
 
+    def _write_stacks_to(self, path: Path, written: list[Path]) -> None:
+        with contextlib.suppress(OSError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("w", encoding="utf-8") as file:
+                file.write(f"rank {self._rank}: {self._words()}\n")
+                file.flush()
+                faulthandler.dump_traceback(file, all_threads=True)
+            written.append(path)
 
-def build_watchdog(config: Config, topology: Topology) -> Watchdog:
-    """The watchdog of this rank.
 
-    Communicates: one all-gather of small objects over the world.
-    """
-    minutes, save = config.training.hang_timeout_minutes, config.output.save
-    board = None
-    if topology.world.size > 1 and minutes > 0:
-        allow_collectives(2.0 * minutes + 10.0)
-        # A store may serve several starts of a run, one after the other.
-        board = open_board(f"megalm/{exchange(secrets.token_hex(8), topology.world)[0]}")
+def build_watchdog(config: Config, launch: Launch, board: Board | None) -> Watchdog:
+    """The watchdog of this rank; `board` is None where there is one rank."""
+    save = config.output.save
     return Watchdog(
-        rank=topology.world.rank,
-        world_size=topology.world.size,
-        limit_seconds=60.0 * minutes,
+        rank=launch.rank,
+        world_size=launch.world_size,
+        limit_seconds=60.0 * config.training.hang_timeout_minutes,
         folder=None if save is None else Path(save) / "hangs",
         board=board,
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from megalm.topology.start import Launch, start
+from megalm.topology.start import Launch, allow_collectives, start
 from tests.support.ranks import run_ranks
 
 pytestmark = pytest.mark.dist
@@ -30,6 +30,26 @@ def _deepspeed_axes(tp: int, pp: int, dp: int) -> dict[str, list[list[int]]]:
 
     axes = PipeModelDataParallelTopology(num_pp=pp, num_mp=tp, num_dp=dp)
     return {name: sorted(axes.get_axis_comm_lists(name)) for name in ("model", "pipe", "data")}
+
+
+def _limits_of_groups() -> list[float]:
+    """Minutes of the world, of a group that was there, and of one that came later."""
+    import torch
+    import torch.distributed
+
+    topology = start(Launch.from_environment(), tp=2, pp=1)
+    torch.distributed.barrier()
+    allow_collectives(77.0)
+    later = torch.distributed.new_group([0, 1])
+    torch.distributed.barrier(later)
+    groups = [topology.world.handle, topology.tp.handle, later]
+    cpu = torch.device("cpu")
+    return [group._get_backend(cpu).options._timeout.total_seconds() / 60.0 for group in groups]
+
+
+def test_the_limit_of_collectives_holds_for_groups_that_come_later() -> None:
+    for limits in run_ranks(_limits_of_groups, 2):
+        assert limits == [77.0, 77.0, 77.0]
 
 
 @pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 1), (1, 2), (2, 2), (4, 1)])

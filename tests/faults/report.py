@@ -25,6 +25,7 @@ and, started again, come to the end of the undisturbed one.
 C is bad data, given to what reads it in a run: the answer must be an error that names it, or the right tokens.
 F are ranks that hang, with a limit of three seconds: every rank that can must write its stacks, one line must name the
 rank at fault, and the run must end with exit code 8; steps, saves and evaluations that go on must not be taken for one.
+Parts of a start and an end, which have hours, have four seconds there.
 H are ranks that compute or read slowly: `--log-straggler` must name that rank, and none in a run without.
 
 Each line is written by the run that it reports, and replaced when that suite runs again. "shows" is the largest share

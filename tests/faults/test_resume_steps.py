@@ -22,6 +22,7 @@ def continue_from_each(flags: list[str], steps: list[int], source: str, folder: 
     from megalm.topology.start import start
     from megalm.train.build import build, prepare
     from megalm.train.loop import step
+    from megalm.train.watchdog import build_watchdog
 
     losses = {}
     topology = None
@@ -29,7 +30,7 @@ def continue_from_each(flags: list[str], steps: list[int], source: str, folder: 
         own = [*flags, "--load", f"{source}/global_step{first}", f"output.save={folder}/to{first}"]
         plan = prepare(parse_command_line(own))
         topology = topology or start(plan.launch, tp=plan.config.parallel.tp, pp=plan.config.parallel.pp)
-        run = build(plan, topology)
+        run = build(plan, topology, build_watchdog(plan.config, plan.launch, None))
         assert run.state.step == first
         losses[first] = [step(run).loss.hex() for _ in range(STEPS_AFTER)]
         run.saver.save_last(run.state)

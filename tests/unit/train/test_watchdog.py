@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from datetime import timedelta
@@ -50,6 +51,8 @@ class Fleet:
             )
             for rank in range(world_size)
         ]  # fmt: skip
+        for dog in self.dogs:
+            dog.at("training", 1)
 
     def _leave(self, code: int) -> None:
         assert code == EXIT_HUNG
@@ -158,17 +161,103 @@ def test_without_a_folder_stacks_go_to_standard_error(capfd: pytest.CaptureFixtu
     assert "stacks of those that answer: above" in said
 
 
+def test_a_part_of_the_start_has_hours_and_its_own_report(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    fleet = Fleet(2, tmp_path)
+    for part in ("opening the corpora", "loading"):  # Each has them anew.
+        for dog in fleet.dogs:
+            dog.starts(part)
+        assert fleet.pass_time(7000, [0, 1]) == []
+    assert sorted(fleet.pass_time(2000, [0, 1])) == [0, 1]
+    said = capsys.readouterr().err
+    assert "for 120 minutes, the limit of each part of a start or end; the start is ended with exit code 8" in said
+    assert "  rank 0: loading, in " in said
+    assert "a part that takes longer needs a --hang-timeout-minutes of more than 120\n" in said
+    assert (tmp_path / "start" / "rank_1.txt").read_text().startswith("rank 1: loading, in ")
+
+
+def test_a_longer_limit_than_that_of_a_part_holds_for_parts_too(tmp_path: Path) -> None:
+    dog = Watchdog(rank=0, world_size=1, limit_seconds=4 * 3600.0, folder=tmp_path, board=None)
+    dog.starts("loading")
+    assert dog._mark.limit_seconds == 4 * 3600.0
+
+
+def test_who_trains_already_waits_for_who_still_loads_and_no_longer_than_that(tmp_path: Path) -> None:
+    fleet = Fleet(2, tmp_path)
+    fleet.dogs[0].starts("loading")
+    assert fleet.pass_time(7000, [0, 1]) == []
+    fleet.bytes[0] += 2 * 2**20  # It reads on.
+    assert fleet.pass_time(7000, [0, 1]) == []
+    fleet.dogs[0].at("training", 1)  # The part is over, and its limit with it.
+    assert fleet.pass_time(55, [0, 1]) == []
+    assert sorted(fleet.pass_time(40, [0, 1])) == [0, 1]
+
+
+def test_a_rank_stopped_while_it_loads_is_named_by_one_that_trains(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    fleet = Fleet(2, tmp_path)
+    fleet.dogs[0].starts("loading")
+    fleet.pass_time(5, [0, 1])
+    assert fleet.pass_time(7000, [1]) == []
+    assert fleet.pass_time(500, [1]) == [1]
+    said = capsys.readouterr().err
+    assert "for 120 minutes" in said
+    assert "  rank 0 does not answer; the last it told was loading\n" in said
+
+
+def test_at_the_end_each_rank_is_watched_by_itself(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    fleet = Fleet(2, tmp_path)
+    fleet.pass_time(5, [0, 1])
+    texts = dict(fleet.board.texts)
+    fleet.dogs[1].ends("leaving the other ranks")
+    for step in range(200):  # The other one's progress is none of its own.
+        fleet.dogs[0].at("training", step)
+        left = fleet.pass_time(45, [0, 1])
+        if left:
+            break
+    assert (left, 7200.0 < fleet.now < 9000.0) == ([1], True)
+    said = capsys.readouterr().err
+    assert "the end is ended with exit code 8" in said
+    assert "  rank 1: leaving the other ranks, in " in said
+    assert "rank 0" not in said
+    assert fleet.board.texts["mark/1"] == texts["mark/1"]
+    assert (tmp_path / "end" / "rank_1.txt").exists()
+
+
+def test_torch_gives_collectives_longer_than_the_watchdog() -> None:
+    dog = Watchdog(rank=0, world_size=2, limit_seconds=600.0, folder=None, board=None)
+    assert dog.minutes_of_collectives(starting=False) == 30.0
+    assert dog.minutes_of_collectives(starting=True) == 250.0
+    dog = Watchdog(rank=0, world_size=2, limit_seconds=0.0, folder=None, board=None)
+    assert dog.minutes_of_collectives(starting=True) is None
+
+
+def test_a_folder_that_hangs_does_not_hold_the_report(
+    tmp_path: Path, capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(watchdog, "SECONDS_TO_WRITE", 0.2)
+    fleet = Fleet(1, tmp_path)
+    (tmp_path / "step1").mkdir()
+    os.mkfifo(tmp_path / "step1" / "rank_0.txt")  # Nobody reads it, so that it cannot be opened.
+    assert fleet.pass_time(100, [0]) == [0]
+    said = capfd.readouterr().err
+    assert "in look" in said
+    assert "stacks of those that answer: above" in said
+    with (tmp_path / "step1" / "rank_0.txt").open("rb") as fifo:  # Lets the writer end.
+        assert fifo.read()
+
+
 def test_batches_pass_and_say_when_they_are_waited_for(tmp_path: Path) -> None:
     (dog,) = Fleet(1, tmp_path).dogs
 
     def source() -> object:
         for number in range(2):
-            assert dog._mark == (WAITING, 4)
+            assert dog._mark.words == "waiting for data, step 4"
             yield number
 
     for number, got in enumerate(dog.batches(source(), "training", 4)):
         assert got == number
-        assert dog._mark == ("training", 4)
+        assert dog._mark.words == "training, step 4"
 
 
 def test_a_limit_of_zero_watches_nothing(tmp_path: Path) -> None:
