@@ -46,5 +46,5 @@ module_file() {
 }
 
 free_port() {
-    "$python" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'
+    "$python" -c 'from megalm.topology.ports import free_port; print(free_port())'
 }

@@ -5,7 +5,6 @@ from __future__ import annotations
 import atexit
 import ctypes
 import os
-import socket
 import sys
 import threading
 import time
@@ -19,6 +18,7 @@ from megalm.program import EXIT_INTERRUPTED
 from megalm.topology.board import StoreBoard
 from megalm.topology.layout import Layout
 from megalm.topology.meeting import Meeting
+from megalm.topology.ports import free_port
 
 if TYPE_CHECKING:
     from megalm.topology.topology import Topology
@@ -196,10 +196,8 @@ def stop() -> None:
 
 def _complete_environment_of_one_process() -> None:
     """DeepSpeed reads these variables itself; without a launcher they name this one process on a free port."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    defaults = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    port = str(free_port())
+    defaults = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
 

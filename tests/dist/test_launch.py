@@ -6,12 +6,12 @@ import os
 import re
 import shutil
 import signal
-import socket
 import time
 from pathlib import Path
 
 import pytest
 
+from megalm.topology.ports import free_port
 from tests.support.launching import finish, losses, processes_of_session, program, run, script, start
 from tests.support.tiny_run import write_corpus
 
@@ -139,9 +139,7 @@ def test_a_hostfile_that_is_not_there_is_refused_and_not_replaced_by_this_host(t
 
 
 def test_a_slurm_task_joins_the_other_tasks(corpus: str, reference: list[str], tmp_path: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
+    port = str(free_port())
     flags = program("--data-path", corpus, "--save", str(tmp_path), *LAYOUT)
     tasks = [
         start(

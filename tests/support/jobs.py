@@ -9,10 +9,8 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
-import random
 import runpy
 import signal
-import socket
 import sys
 import time
 import traceback
@@ -21,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megalm.topology.ports import free_port
 from tests.support.launching import processes_of_session
 from tests.support.ranks import PRELOADED
 
@@ -151,15 +150,6 @@ def run_job(flags: Sequence[str], *, world_size: int, logs: Path, **options: Any
     """Start a job and wait for it."""
     with Job(flags, world_size=world_size, logs=logs, **options) as job:
         return job.wait()
-
-
-def free_port() -> int:
-    """A port below those that outgoing connections take, so that none steals it before the ranks meet there."""
-    while True:
-        port = random.SystemRandom().randrange(12_000, 30_000)
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("127.0.0.1", port))
-            return port
 
 
 def _context() -> Any:

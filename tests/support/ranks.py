@@ -9,11 +9,12 @@ from __future__ import annotations
 import multiprocessing
 import multiprocessing.connection
 import os
-import socket
 import time
 import traceback
 from collections.abc import Callable
 from typing import Any
+
+from megalm.topology.ports import free_port
 
 PRELOADED = ["tests.support.preloaded"]
 TIMEOUT_SECONDS = 180.0
@@ -30,9 +31,7 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
     torch.distributed. Raises: RankFailure.
     """
     context = _context()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     pipes, processes = [], []
     for rank in range(world_size):
         receiver, sender = context.Pipe(duplex=False)

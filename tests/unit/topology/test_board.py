@@ -8,7 +8,7 @@ from datetime import timedelta
 import torch.distributed as dist
 
 from megalm.topology.board import StoreBoard
-from tests.support.jobs import free_port
+from megalm.topology.ports import free_port
 
 
 def test_what_one_writes_the_others_read_and_the_first_claim_stands() -> None:

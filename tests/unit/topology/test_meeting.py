@@ -11,7 +11,7 @@ import pytest
 from megalm.errors import HangError, TopologyError
 from megalm.topology import meeting
 from megalm.topology.meeting import Meeting
-from tests.support.jobs import free_port
+from megalm.topology.ports import free_port
 
 
 def come(
