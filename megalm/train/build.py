@@ -197,6 +197,7 @@ def build(plan: Plan, topology: Topology, watchdog: Watchdog) -> Run:
         device=topology.device,
         zero_stage=config.parallel.zero_stage,
         console=console,
+        watchdog=watchdog,
     )
     trained = None if config.training.eval_only else datasets.train
     sample_order = None if trained is None else order_digest(trained)

@@ -22,6 +22,7 @@ from megalm.kernels.linear.torch_native import TorchLinear
 from megalm.kernels.triton_support import triton_missing
 from megalm.models.blocks.block import ParallelTransformerLayer
 from megalm.telemetry.console import Console
+from megalm.train.watchdog import Watchdog
 
 CPU_COMPILERS = ("g++", "clang++", "c++")
 STEPS_TO_COMPILE = 3
@@ -31,8 +32,9 @@ STEPS_TO_COMPILE = 3
 class CompileWatch:
     """Counts what torch.compile compiles and how long it takes."""
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, *, watchdog: Watchdog | None = None) -> None:
         self._console = console
+        self._watchdog = watchdog
         self._num_graphs = 0
         self._seconds = 0.0
         self._started: float | None = None
@@ -58,6 +60,8 @@ class CompileWatch:
         return num_graphs
 
     def _on_start(self, _: Any = None) -> None:
+        if self._watchdog is not None:
+            self._watchdog.compiles()
         self._started = time.perf_counter()
 
     def _on_end(self, _: Any = None) -> None:
@@ -65,6 +69,8 @@ class CompileWatch:
             self._num_graphs += 1
             self._seconds += time.perf_counter() - self._started
             self._started = None
+            if self._watchdog is not None:
+                self._watchdog.has_compiled()
 
 
 def compile_blocks(
@@ -74,14 +80,15 @@ def compile_blocks(
     device: torch.device,
     zero_stage: int,
     console: Console,
+    watchdog: Watchdog | None = None,
     backend: str = "inductor",
 ) -> CompileWatch:
     """Compile every block of `module`, if `requested` ("auto", "on" or "off") and the machine say so; log which.
 
-    `backend` is torch.compile's; others than its default need no compiler of C.
+    `watchdog` hears when it compiles. `backend` is torch.compile's; others than its default need no compiler of C.
     Raises: KernelError if it is asked for and cannot be done.
     """
-    watch = CompileWatch(console)
+    watch = CompileWatch(console, watchdog=watchdog)
     if requested == "off":
         console.info("torch.compile: off (asked for)")
         return watch

@@ -87,7 +87,7 @@ class Watchdog:
         self._clock = clock
         self._num_bytes = num_bytes or bytes_moved
         self._limit_of_a_part = max(limit_seconds, 60.0 * MINUTES_OF_A_PART)
-        self._mark = Mark("starting", START, self._limit_of_a_part)
+        self._mark = self._interrupted = Mark("starting", START, self._limit_of_a_part)
         self._seen: Mark | None = None
         self._bytes = 0
         self._since = self._looked = clock()
@@ -115,6 +115,15 @@ class Watchdog:
         """Say the same of a part of the end. Ranks end one after the other: from here on each is watched by itself."""
         self._mark = Mark(part, END, self._limit_of_a_part)
         self._is_alone = True
+
+    def compiles(self) -> None:
+        """Say that torch.compile has begun, within what this rank does: it may take longer than a step."""
+        self._interrupted = self._mark
+        self._mark = Mark("compiling", self._mark.place, self._limit_of_a_part)
+
+    def has_compiled(self) -> None:
+        """Go on with what `compiles` interrupted."""
+        self._mark = Mark(*self._interrupted)
 
     def batches(self, batches: Iterator[Item], operation: str, step: int) -> Iterator[Item]:
         """`batches`, for a reader that is in `operation` when it does not wait for them."""
@@ -225,7 +234,7 @@ class Watchdog:
         limit = self._limit_of_all(mark, told)
         yield (
             f"error: no rank has got any further for {limit / 60.0:.3g} minutes, the limit of "
-            f"{'--hang-timeout-minutes' if limit == self._limit else 'each part of a start or end'}; "
+            f"{'--hang-timeout-minutes' if limit == self._limit else 'parts of a start or end, and of compiling'}; "
             f"{mark.place} is ended with exit code {EXIT_HUNG}"
         )
         if answers is None:
@@ -242,10 +251,9 @@ class Watchdog:
             yield f"  {_ranks(ranks)}: {words}"
         stacks = f"{where.parent}/rank_N.txt" if where is not None else "above, on each rank's standard error"
         yield f"  stacks of those that answer: {stacks}"
-        longer = "a step, save or evaluation" if mark.place not in (START, END) else "a part"
         yield (
-            f"  start the run again with --load; {longer} that takes longer needs a --hang-timeout-minutes of more "
-            f"than {limit / 60.0:.3g}"
+            "  start the run again with --load; what takes longer needs a --hang-timeout-minutes of more than "
+            f"{limit / 60.0:.3g}"
         )
 
     def _words(self) -> str:

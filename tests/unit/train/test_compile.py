@@ -17,16 +17,29 @@ from megalm.models.gpt.build import choose_kernels, plan_gpt
 from megalm.models.gpt.model import GPT
 from megalm.telemetry.console import Console
 from megalm.train.compile import CompileWatch, compile_blocks, obstacle
+from megalm.train.watchdog import Watchdog
 from tests.support.triton_device import INSTALLED, triton_device
 from tests.unit.models.small import bloom, gpt2, randomise
 
 CPU = torch.device("cpu")
 
 
-def compiled(module: GPT, *, backend: str = "aot_eager") -> CompileWatch:
+def compiled(module: GPT, *, watchdog: Watchdog | None = None, backend: str = "aot_eager") -> CompileWatch:
     return compile_blocks(
-        module, requested="on", device=CPU, zero_stage=1, console=Console(False, "error"), backend=backend
+        module,
+        requested="on",
+        device=CPU,
+        zero_stage=1,
+        console=Console(False, "error"),
+        watchdog=watchdog,
+        backend=backend,
     )
+
+
+def a_watchdog() -> Watchdog:
+    dog = Watchdog(rank=0, world_size=1, limit_seconds=600.0, folder=None, board=None)
+    dog.at("training", 900)
+    return dog
 
 
 def loss_and_gradients(module: GPT) -> tuple[Tensor, list[Tensor]]:
@@ -112,14 +125,20 @@ def test_products_that_are_not_torchs_own_stay_outside_of_the_graph() -> None:
     plain = GPT(plan_gpt(bloom(), kernels=replace(kernels, linear=Renamed())))
     randomise(plain)
     module = copy.deepcopy(plain)
-    compiled(module)
+    dog = a_watchdog()
+    mark = dog._mark
+    compiled(module, watchdog=dog)
     torch.testing.assert_close(loss_and_gradients(module)[0], loss_and_gradients(plain)[0], rtol=1e-6, atol=0)
+    assert (dog._mark, dog._mark is mark) == (mark, False)  # It has compiled, and that was progress.
 
 
 def test_a_late_compilation_is_warned_of(capsys: pytest.CaptureFixture[str]) -> None:
-    watch = CompileWatch(Console(True, "info"))
+    dog = a_watchdog()
+    watch = CompileWatch(Console(True, "info"), watchdog=dog)
     watch._on_start()
+    assert dog._mark.words == "compiling, step 900"
     watch._on_end()
+    assert dog._mark.words == "training, step 900"
     assert watch.report("step 900", expected=False) == 1
     assert "warning: recompiled 1 graph(s)" in "".join(capsys.readouterr())
     assert watch.report("step 901", expected=False) == 0

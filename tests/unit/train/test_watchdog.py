@@ -169,9 +169,12 @@ def test_a_part_of_the_start_has_hours_and_its_own_report(tmp_path: Path, capsys
         assert fleet.pass_time(7000, [0, 1]) == []
     assert sorted(fleet.pass_time(2000, [0, 1])) == [0, 1]
     said = capsys.readouterr().err
-    assert "for 120 minutes, the limit of each part of a start or end; the start is ended with exit code 8" in said
+    assert (
+        "for 120 minutes, the limit of parts of a start or end, and of compiling; the start is ended with exit code 8"
+        in said
+    )
     assert "  rank 0: loading, in " in said
-    assert "a part that takes longer needs a --hang-timeout-minutes of more than 120\n" in said
+    assert "what takes longer needs a --hang-timeout-minutes of more than 120\n" in said
     assert (tmp_path / "start" / "rank_1.txt").read_text().startswith("rank 1: loading, in ")
 
 
@@ -222,6 +225,17 @@ def test_at_the_end_each_rank_is_watched_by_itself(tmp_path: Path, capsys: pytes
     assert "rank 0" not in said
     assert fleet.board.texts["mark/1"] == texts["mark/1"]
     assert (tmp_path / "end" / "rank_1.txt").exists()
+
+
+def test_compiling_has_hours_within_a_step_and_none_after(tmp_path: Path) -> None:
+    fleet = Fleet(2, tmp_path)
+    fleet.dogs[0].compiles()
+    assert fleet.dogs[0]._mark.words == "compiling, step 1"
+    assert fleet.pass_time(7000, [0, 1]) == []
+    fleet.dogs[0].has_compiled()
+    assert fleet.dogs[0]._mark.words == "training, step 1"
+    assert fleet.pass_time(55, [0, 1]) == []
+    assert sorted(fleet.pass_time(40, [0, 1])) == [0, 1]
 
 
 def test_torch_gives_collectives_longer_than_the_watchdog() -> None:
