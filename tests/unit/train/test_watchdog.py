@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 
@@ -284,8 +285,16 @@ def test_a_limit_of_zero_watches_nothing(tmp_path: Path) -> None:
 def test_it_counts_what_this_process_reads(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"a" * 3_000_000)
     before = watchdog.bytes_moved()
-    (tmp_path / "a").read_bytes()
-    assert 3_000_000 <= watchdog.bytes_moved() - before < 3_100_000
+    with ThreadPoolExecutor(1) as threads:
+        threads.submit((tmp_path / "a").read_bytes).result()
+        assert 3_000_000 <= watchdog.bytes_moved() - before < 3_100_000
+
+
+def test_its_own_looks_are_no_progress() -> None:
+    before = watchdog.bytes_moved()
+    for _ in range(200):
+        watchdog.bytes_moved()
+    assert watchdog.bytes_moved() - before < 10_000
 
 
 def test_what_others_ask_of_the_store_in_this_process_is_no_progress() -> None:
