@@ -115,13 +115,13 @@ def prepare(config: Config) -> Plan:
 def running(plan: Plan) -> Iterator[Run]:
     """Join the other processes, build the run, and take both down again however it ends."""
     console = Console(plan.launch.rank == 0, plan.config.output.log_level)
-    watchdog = build_watchdog(plan.config, plan.launch, meet(plan.launch, warn=console.warning))
+    watchdog = build_watchdog(plan.config, plan.launch, board=meet(plan.launch, warn=console.warning))
     with watchdog.watching():
         watchdog.starts("joining the other ranks")
         topology = _join(plan, watchdog)
         try:
             with only_saver(plan.config, topology):
-                run = build(plan, topology, watchdog)
+                run = build(plan, topology, watchdog=watchdog)
                 _allow_collectives(watchdog, starting=False)
                 try:
                     with run.stragglers.counting():
@@ -165,7 +165,7 @@ def _memory_used_up(config: Config, topology: Topology, error: RuntimeError) -> 
     )
 
 
-def build(plan: Plan, topology: Topology, watchdog: Watchdog) -> Run:
+def build(plan: Plan, topology: Topology, *, watchdog: Watchdog) -> Run:
     """The run, at step 0 or where its checkpoint left it. `watchdog` hears which part of it is being built.
 
     Raises: MegalmError, the same on every rank.

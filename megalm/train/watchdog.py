@@ -290,7 +290,7 @@ class Watchdog:
             written.append(path)
 
 
-def build_watchdog(config: Config, launch: Launch, board: Board | None) -> Watchdog:
+def build_watchdog(config: Config, launch: Launch, *, board: Board | None) -> Watchdog:
     """The watchdog of this rank; `board` is None where there is one rank."""
     save = config.output.save
     return Watchdog(

@@ -30,7 +30,7 @@ def continue_from_each(flags: list[str], steps: list[int], source: str, folder: 
         own = [*flags, "--load", f"{source}/global_step{first}", f"output.save={folder}/to{first}"]
         plan = prepare(parse_command_line(own))
         topology = topology or start(plan.launch, tp=plan.config.parallel.tp, pp=plan.config.parallel.pp)
-        run = build(plan, topology, build_watchdog(plan.config, plan.launch, None))
+        run = build(plan, topology, watchdog=build_watchdog(plan.config, plan.launch, board=None))
         assert run.state.step == first
         losses[first] = [step(run).loss.hex() for _ in range(STEPS_AFTER)]
         run.saver.save_last(run.state)
