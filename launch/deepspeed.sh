@@ -69,6 +69,7 @@ fi
 # The processes form a tree, deepspeed -> its launch module -> ranks. `deepspeed` would die of a signal and leave them.
 # A signal that comes before the ranks are there waits for them.
 waiting=""
+runner=""
 children_of() { cat /proc/"$1"/task/*/children 2>/dev/null || true; }
 # A rank that is still starting ignores SIGINT, as all that a script runs in the background: SIGTERM ends it.
 for_rank() {
@@ -78,6 +79,10 @@ for_rank() {
 }
 forward() {
     local launcher rank reached=false
+    if [ -z "$runner" ]; then
+        waiting=$1
+        return
+    fi
     if [ -n "$hostfile" ]; then
         kill -s TERM "$runner" 2>/dev/null || true
         return
@@ -91,11 +96,11 @@ forward() {
 # At a terminal Ctrl-C goes to every process of the group; a session of its own leaves it to `forward`, once.
 own_session=""
 if [ -t 0 ] && command -v setsid >/dev/null; then own_session=setsid; fi
-$own_session "$python" -m deepspeed.launcher.runner "${options[@]}" "$@" &
-runner=$!
 trap 'forward TERM' TERM HUP
 trap 'forward INT' INT
 trap 'forward USR1' USR1
+$own_session "$python" -m deepspeed.launcher.runner "${options[@]}" "$@" &
+runner=$!
 
 # `wait` returns when a signal arrives; the loop goes on until the launcher is gone.
 code=0
