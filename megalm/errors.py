@@ -65,6 +65,12 @@ class ReplicaError(MegalmError):
     exit_code = 9
 
 
+class LossSpikeError(MegalmError):
+    """A training that was taken back to before its loss rose; the next start leaves the data out."""
+
+    exit_code = 10
+
+
 class CheckpointError(MegalmError):
     """A checkpoint that is missing, incomplete, damaged or made for another model."""
 

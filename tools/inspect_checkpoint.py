@@ -9,9 +9,9 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -20,6 +20,8 @@ from megalm.program import program
 if TYPE_CHECKING:
     from megalm.checkpoint.lineage import Tip
 
+LEFT_OUT = "left_out"
+"""Key of train_state.json."""
 KINDS = {
     "weights": re.compile(r"layer_.*|fp32\.pt"),
     "optimizer": re.compile(r".*_optim_states\.pt|exp_avg(_sq)?\.pt|step\.pt|optimizer_state\.pt"),
@@ -44,7 +46,10 @@ def parser() -> argparse.ArgumentParser:
 
 def describe(checkpoint: Path) -> None:
     """Print step, layout, model, lineage and sizes."""
-    from megalm.checkpoint.lineage import KEY, Tip, lineage_in
+    from megalm.checkpoint.lineage import KEY as LINEAGE
+    from megalm.checkpoint.lineage import Tip, lineage_in
+    from megalm.checkpoint.roll_backs import KEY as ROLL_BACKS
+    from megalm.checkpoint.roll_backs import SPIKE_WATCH
     from megalm.checkpoint.source import open_checkpoint
     from megalm.models.gpt.weights import weight_table
 
@@ -57,8 +62,11 @@ def describe(checkpoint: Path) -> None:
         f"  model      {shape.num_layers} layers, hidden {shape.hidden_size}, {shape.block.num_heads} heads, "
         f"{shape.vocab_rows} rows of vocabulary, {sum(weight.numel for weight in weight_table(shape)):,} parameters"
     )
-    progress = [f"{name} {value}" for name, value in source.train_state.items() if name != KEY]
+    apart = (LINEAGE, ROLL_BACKS, SPIKE_WATCH, LEFT_OUT)
+    progress = [f"{name} {value}" for name, value in source.train_state.items() if name not in apart]
     print(f"  progress   {', '.join(progress)}")
+    for heading, line in left_out_lines(source.train_state):
+        print(f"  {heading:<11}{line}")
     for heading, line in lineage_lines(checkpoint, Tip(manifest.step, lineage_in(source.train_state))):
         print(f"  {heading:<11}{line}")
     print(f"  versions   {', '.join(f'{name} {value}' for name, value in manifest.versions.items()) or 'unknown'}")
@@ -69,6 +77,21 @@ def describe(checkpoint: Path) -> None:
         kind = next(kind for kind, pattern in KINDS.items() if pattern.fullmatch(path.name))
         sizes[kind] += path.stat().st_size
     print(f"  size       {', '.join(f'{kind} {size / 1e6:.2f} MB' for kind, size in sizes.items() if size)}")
+
+
+def left_out_lines(train_state: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """(heading, text): steps that the run passed over, and why it was taken back."""
+    from megalm.checkpoint.roll_backs import KEY as ROLL_BACKS
+    from megalm.checkpoint.roll_backs import parse_roll_backs
+
+    for entry in train_state.get(LEFT_OUT) or ():
+        steps, samples = (
+            f"{entry['first_step']} to {entry['last_step']}",
+            f"{entry['first_sample']} to {entry['last_sample']}",
+        )
+        yield "left out", f"steps {steps}, samples {samples}"
+    for roll_back in parse_roll_backs(train_state.get(ROLL_BACKS)):
+        yield "taken back", f"to leave out {roll_back}"
 
 
 def lineage_lines(checkpoint: Path, tip: Tip) -> Iterator[tuple[str, str]]:

@@ -25,6 +25,7 @@ from megalm.errors import ConfigError, DataError
 from megalm.program import program
 
 if TYPE_CHECKING:
+    from megalm.checkpoint.roll_backs import RollBack
     from megalm.config.root import Config
     from megalm.tokenizers.protocol import Tokenizer
 
@@ -122,7 +123,7 @@ def chosen(options: argparse.Namespace, config: Config) -> Iterator[tuple[int | 
     if options.metrics_path is None and last > total:
         raise DataError(f"--steps {options.steps} goes past the last step of this run, {total}")
     steps = (
-        samples_of_steps(config, first, last, dp_size=options.data_parallel_size)
+        samples_of_steps(config, first, last, dp_size=options.data_parallel_size, roll_backs=taken_back(config))
         if options.metrics_path is None
         else recorded_samples(options.metrics_path, first, last)
     )
@@ -131,6 +132,13 @@ def chosen(options: argparse.Namespace, config: Config) -> Iterator[tuple[int | 
             print(f"step {step} read no samples: it was left out, or is not recorded", file=sys.stderr)
         for number in numbers:
             yield step, number
+
+
+def taken_back(config: Config) -> tuple[RollBack, ...]:
+    """What the run left out since its loss rose, as the folder says that it saved to."""
+    from megalm.checkpoint.taking_back import read_roll_backs
+
+    return () if config.output.save is None else read_roll_backs(Path(config.output.save))
 
 
 def recorded_samples(path: str, first: int, last: int) -> Iterator[tuple[int, range]]:

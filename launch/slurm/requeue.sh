@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Queues a job of Slurm again after a stop that was asked for, and after a hang, which may not befall it for ever.
+# Queues a job of Slurm again after a stop that was asked for, a spike that it went back from, and a hang, which may not befall it for ever.
 #
 #   bash launch/slurm/requeue.sh CODE STARTED [flags of pretrain_gpt.py]
 #
@@ -32,7 +32,7 @@ count_hang() {
     mkdir -p "$folder" && echo "$newest $((count + 1))" >"$folder/job_$job" && echo "$((count + 1))"
 }
 
-if [ "$code" = 75 ]; then
+if [ "$code" = 75 ] || [ "$code" = 10 ]; then
     scontrol requeue "$job"
     exit
 fi

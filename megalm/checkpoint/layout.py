@@ -15,6 +15,8 @@ CONFIG = "config.yaml"
 MANIFEST = "manifest.json"
 KERNELS = "kernels.json"
 """What a run found when it tried kernels, beside its checkpoints."""
+ROLL_BACKS = "roll_backs.json"
+"""Beside the checkpoints: what runs leave out since their losses rose."""
 
 TOKENIZER = "tokenizer"
 """Folder beside an imported checkpoint with its tokenizer's files."""

@@ -20,10 +20,12 @@ from torch import Tensor
 from megalm.checkpoint import layout
 from megalm.checkpoint.bigscience import BigScienceCheckpoint
 from megalm.checkpoint.inert import read_with_stand_ins
-from megalm.checkpoint.lineage import KEY
+from megalm.checkpoint.lineage import KEY as LINEAGE
 from megalm.checkpoint.manifest import Manifest, read_manifest
 from megalm.checkpoint.merge import LayerFiles
 from megalm.checkpoint.optimizer_files import MASTER, MOMENTS, LocalState, OptimizerFiles, Pieces, StateReader
+from megalm.checkpoint.roll_backs import KEY as ROLL_BACKS
+from megalm.checkpoint.roll_backs import SPIKE_WATCH
 from megalm.checkpoint.tensor_files import InertState, read_tensors
 from megalm.errors import CheckpointError
 from megalm.models.gpt.shape import GPTShape
@@ -93,13 +95,14 @@ def _pattern(weight: Weight, shape: GPTShape, *, pipelined: bool) -> str:
 
 
 def description(manifest: Manifest, train_state: dict[str, Any]) -> dict[str, Any]:
-    """The value of DESCRIPTION_KEY; without the lineage, which no tensor depends on."""
+    """The value of DESCRIPTION_KEY; without what tells how the run came here, which no tensor depends on."""
+    own = (LINEAGE, ROLL_BACKS, SPIKE_WATCH)
     return {
         "step": manifest.step,
         "layout": dict(manifest.layout),
         "model": dict(manifest.model),
         "versions": dict(manifest.versions),
-        "train_state": {name: value for name, value in train_state.items() if name != KEY},
+        "train_state": {name: value for name, value in train_state.items() if name not in own},
     }
 
 

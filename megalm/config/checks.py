@@ -21,6 +21,7 @@ POSITIVE = (
     "training.micro_batch_size", "training.global_batch_size", "training.train_iters", "training.train_samples",
     "training.exit_interval", "training.exit_duration_minutes", "training.loss_scale", "training.initial_loss_scale",
     "training.min_loss_scale", "training.loss_scale_window", "training.hysteresis", "training.lr",
+    "training.loss_spike_window", "training.loss_spike_steps",
     "training.lr_decay_iters", "training.lr_decay_samples", "training.adam_eps", "training.eval_iters",
     "data.seq_length", "output.save_interval", "output.keep_last", "output.keep_every", "output.log_interval",
     "output.tensorboard_queue_size",
@@ -28,6 +29,7 @@ POSITIVE = (
 NOT_NEGATIVE = (
     "training.min_lr", "training.lr_warmup_iters", "training.lr_warmup_samples", "training.weight_decay",
     "training.clip_grad", "training.z_loss_coeff", "training.eval_interval", "training.max_skipped_steps",
+    "training.loss_spike_threshold", "training.loss_spike_margin", "training.max_roll_backs",
     "training.hang_timeout_minutes", "training.check_replicas_interval", "training.seed", "data.num_workers",
     "data.valid_num_workers", "output.straggler_interval",
 )  # fmt: skip
@@ -61,8 +63,8 @@ def check(config: Config, *, world_size: int, device_type: str, vocab_size: int 
 def static_failures(config: Config) -> list[Failure]:
     """The failures that can be told without processes, device or tokenizer."""
     checks: tuple[Check, ...] = (
-        _ranges, _shape, _positions, _pipeline, _zero, _duration, _skipped, _schedule, _ramp_up, _precision,
-        _gelu_linear, _update, _corpora, _tokenizer, _checkpoints, _profile, deepspeed_failures,
+        _ranges, _shape, _positions, _pipeline, _zero, _duration, _skipped, _loss_spikes, _schedule, _ramp_up,
+        _precision, _gelu_linear, _update, _corpora, _tokenizer, _checkpoints, _profile, deepspeed_failures,
     )  # fmt: skip
     return [failure for one in checks for failure in one(config)]
 
@@ -202,6 +204,29 @@ def _skipped(config: Config) -> Iterator[Failure]:
         parse_step_ranges(config.get(path))
     except ValueError as error:
         yield Failure(f"{path}: {error}", origins(config, path), "1000-1100 2000-2010")
+
+
+def _loss_spikes(config: Config) -> Iterator[Failure]:
+    training, output = config.training, config.output
+    if training.loss_spike_threshold <= 0:
+        return
+    path = "training.loss_spike_threshold"
+    if output.save is None or output.save_interval is None:
+        yield Failure(
+            f"{set_to(config, path)} needs checkpoints to go back to",
+            origins(config, path),
+            "pass --save FOLDER and --save-interval N",
+        )
+    elif output.keep_last is not None:
+        reach = (output.keep_last - 1) * output.save_interval
+        needed = training.loss_spike_steps + training.loss_spike_margin
+        if reach < needed:
+            yield Failure(
+                f"{set_to(config, path)} goes back over training.loss_spike_steps + training.loss_spike_margin = "
+                f"{needed} steps, and {set_to(config, 'output.keep_last')} keeps checkpoints of {reach}",
+                origins(config, path, "output.keep_last", "output.save_interval"),
+                f"--keep-last {math.ceil(needed / output.save_interval) + 1}, or more",
+            )
 
 
 def _schedule(config: Config) -> Iterator[Failure]:

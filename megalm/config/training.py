@@ -56,6 +56,27 @@ class TrainingConfig:
         "fp16 the least loss scale ends the run.",
     )
 
+    loss_spike_threshold: float = option(
+        0.0,
+        doc="A loss is too high when it exceeds the mean of the last loss_spike_window losses by more than so many of "
+        "their standard deviations, and by 0.1 nats. After loss_spike_steps of them the run goes back to a checkpoint "
+        "from before, and ends; started again, it leaves out the steps around the spike. 0 does not watch.",
+    )
+    loss_spike_window: int = option(
+        100, doc="Losses that one is compared with, of the steps before; without so many none is too high."
+    )
+    loss_spike_steps: int = option(3, doc="Losses in a row that are too high before the run goes back.")
+    loss_spike_margin: int = option(
+        100,
+        doc="Steps before the first loss that is too high, and after the last, that are left out with them. PaLM left "
+        "out 200 to 500 in all.",
+    )
+    max_roll_backs: int = option(
+        2,
+        doc="Times that a run goes back for one spike after another, each within loss_spike_window steps of what was "
+        "left out: one that comes again is not of the data, and ends the run.",
+    )
+
     lr: float = option(doc="Peak learning rate.")
     min_lr: float = option(0.0, doc="Learning rate at the end of the decay, and ever after.")
     lr_decay_style: str = option("linear", doc="Shape of the decay after warm-up.", choices=DECAY_STYLES)

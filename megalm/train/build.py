@@ -54,6 +54,7 @@ from megalm.train.samples import check_samples_left, sample_counts
 from megalm.train.saver import Saver
 from megalm.train.schedule import BatchSize, LearningRate
 from megalm.train.sinks import build_profiler, open_sinks
+from megalm.train.spikes import SpikeWatch
 from megalm.train.stop import StopRequest
 from megalm.train.stragglers import Stragglers
 from megalm.train.watchdog import Watchdog, build_watchdog
@@ -201,7 +202,8 @@ def build(plan: Plan, topology: Topology, *, watchdog: Watchdog) -> Run:
     )
     trained = None if config.training.eval_only else datasets.train
     sample_order = None if trained is None else order_digest(trained)
-    saver = Saver(config, topology, engine, streams, console, sample_order=sample_order)
+    spikes = SpikeWatch.from_config(config.training)
+    saver = Saver(config, topology, engine, streams, console, sample_order=sample_order, spikes=spikes)
     watchdog.starts("loading")
     state = saver.restore()
     if trained is not None:
@@ -237,6 +239,7 @@ def build(plan: Plan, topology: Topology, *, watchdog: Watchdog) -> Run:
         watchdog=watchdog,
         stragglers=Stragglers(topology, interval=config.output.straggler_interval),
         replicas=ReplicaCheck(engine.module, config, topology),
+        spikes=spikes,
         profiler=build_profiler(config, topology, console),
         compile_watch=compile_watch,
         flops_per_token=flops_per_token(config.model, seq_length=config.data.seq_length),

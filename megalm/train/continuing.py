@@ -12,6 +12,8 @@ from megalm.checkpoint.identity import read_config
 from megalm.checkpoint.lineage import Lineage, Tip, new_attempt
 from megalm.checkpoint.manifest import read_manifest
 from megalm.checkpoint.retention import published_checkpoints
+from megalm.checkpoint.roll_backs import RollBack, parse_roll_backs
+from megalm.checkpoint.taking_back import read_roll_backs
 from megalm.config.compare import Difference, differences
 from megalm.config.root import Config
 from megalm.data.folder_lock import folder_lock
@@ -154,6 +156,35 @@ def onward(config: Config, loaded: Path | None, tip: Tip) -> Onward:
         return Onward(lineage)
     attempt = new_attempt()
     return Onward((*lineage, (attempt, 0 if loaded is None else tip.step + 1)), names, begins=attempt)
+
+
+def roll_backs(config: Config, loaded: Path | None, *, stored: object, step: int) -> tuple[RollBack, ...]:
+    """What a run leaves out that goes on at `step` from the checkpoint `loaded`, which has `stored`: that, and what the
+    folder says of later steps.
+
+    Raises: CheckpointError if the run would go on with parameters that it was taken back from, unless the checkpoint is
+        named itself, or if what is stored cannot be read.
+    """
+    output = config.output
+    if output.load is None or output.finetune or output.reset_progress:
+        return ()
+    try:
+        own = parse_roll_backs(stored)
+    except ValueError as error:
+        raise CheckpointError(
+            f"{loaded}: train_state.json is damaged, {error}\n  load an earlier checkpoint"
+        ) from error
+    others = [
+        entry for entry in read_roll_backs(Path(output.load) if loaded is None else loaded.parent) if entry not in own
+    ]
+    trained = [entry for entry in others if entry.first <= step]
+    if trained and loaded is not None and not _same(loaded, Path(output.load)):
+        raise CheckpointError(
+            f"{loaded}, the newest valid checkpoint, has the run trained on steps that it was taken back from: "
+            f"{'; '.join(map(str, trained))}\n"
+            f"  go on from an earlier checkpoint, or from this one all the same with --load {loaded}"
+        )
+    return (*own, *(entry for entry in others if entry not in trained))
 
 
 def compare(

@@ -9,13 +9,15 @@ from pathlib import Path
 from megalm.checkpoint import layout
 from megalm.checkpoint.find import candidates, none_valid
 from megalm.checkpoint.history import read_tip
+from megalm.checkpoint.roll_backs import KEY as ROLL_BACKS
 from megalm.checkpoint.run_tokenizer import tokenizer_facts
+from megalm.checkpoint.source import read_train_state
 from megalm.config.deepspeed_json import deepspeed_json
 from megalm.config.root import Config
 from megalm.data.build import open_corpora
 from megalm.errors import CheckpointError
 from megalm.tokenizers.protocol import Tokenizer
-from megalm.train.continuing import check_save_folder, compare, onward, or_afresh
+from megalm.train.continuing import check_save_folder, compare, onward, or_afresh, roll_backs
 from megalm.train.engine import check_deepspeed_keys
 
 BYTES_PER_PARAMETER = {"fp32": 12, "bf16": 14, "fp16": 14}
@@ -57,6 +59,9 @@ def _checkpoint(config: Config, folder: Path, *, dp_size: int) -> str:
         going = onward(config, path, read_tip(path, step=step))
         said += [f"{config.output.save} holds {going}"] if going.later else []
         said += [f"another attempt begins at step {step + 1}"] if going.begins else []
+        stored = read_train_state(path).get(ROLL_BACKS) if (path / layout.TRAIN_STATE).is_file() else None
+        ahead = [roll_back for roll_back in roll_backs(config, path, stored=stored, step=step) if roll_back.last > step]
+        said += [f"left out are {roll_back}" for roll_back in ahead]
     return "; ".join([f"{path}, whose hashes are verified when it is loaded", *said])
 
 

@@ -8,11 +8,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
+from megalm.checkpoint.roll_backs import RollBack, in_a_row
 from megalm.config.root import Config
 from megalm.config.step_ranges import parse_step_ranges
 from megalm.data.batches import Batch
 from megalm.data.loader import TimedBatches
-from megalm.errors import CheckpointError, DivergedError
+from megalm.errors import CheckpointError, DivergedError, LossSpikeError
 from megalm.telemetry.console import Console
 from megalm.telemetry.memory import peak_memory_bytes
 from megalm.telemetry.metrics import Sink, StepMetrics
@@ -25,7 +26,8 @@ from megalm.train.replica_check import ReplicaCheck
 from megalm.train.saver import Saver
 from megalm.train.schedule import BatchSize, LearningRate
 from megalm.train.sinks import draw_curve
-from megalm.train.state import TrainState
+from megalm.train.spikes import SpikeWatch
+from megalm.train.state import LeftOut, TrainState
 from megalm.train.stop import EXIT_ASKED_TO_STOP, EXIT_FINISHED, StopReason, StopRequest
 from megalm.train.stragglers import Stragglers
 from megalm.train.watchdog import Watchdog
@@ -58,6 +60,8 @@ class Run:
     watchdog: Watchdog
     replicas: ReplicaCheck
     stragglers: Stragglers
+    spikes: SpikeWatch | None
+    """Of the loss; none if nobody asked for it."""
     profiler: StepProfiler
     compile_watch: CompileWatch
     flops_per_token: float
@@ -77,15 +81,18 @@ class Run:
         return self.state.step >= (training.train_iters or 0)
 
     def is_left_out(self, step: int) -> bool:
-        """Whether --skip-train-iteration-range names this step, counted from 1."""
-        return any(step in steps for steps in parse_step_ranges(self.config.training.skip_train_iteration_range))
+        """Whether --skip-train-iteration-range names this step, counted from 1, or the run was taken back over it."""
+        named = parse_step_ranges(self.config.training.skip_train_iteration_range)
+        return any(step in steps for steps in named) or any(
+            roll_back.first <= step <= roll_back.last for roll_back in self.saver.roll_backs
+        )
 
 
 def train(run: Run) -> int:
     """Train until the run is complete or somebody asks it to stop; what was trained is saved in either case.
 
-    Returns the exit code of the program. Raises: CheckpointError if a checkpoint cannot be written; DivergedError, as
-    `stop_if_diverged` does; ReplicaError, as `stop_if_drifted` does.
+    Returns the exit code of the program. Raises: CheckpointError if a checkpoint cannot be written; DivergedError,
+    ReplicaError and LossSpikeError, as `stop_if_diverged`, `stop_if_drifted` and `go_back_if_loss_rose` do.
     """
     first = run.state.step
     run.stop.listen()
@@ -104,6 +111,7 @@ def train(run: Run) -> int:
         saves = _is_due(run.state, run.config.output.save_interval)
         if saves or run.replicas.is_due(run.state.step):
             stop_if_drifted(run)
+        go_back_if_loss_rose(run, metrics)
         if _is_due(run.state, run.config.training.eval_interval) or run.is_complete:
             evaluate(run, run.validation)
         if saves:
@@ -137,13 +145,14 @@ def skip(run: Run) -> bool:
     """Pass over the steps that the run was told to leave out, if the next one is such: they count, with their samples,
     and the batches after them are those that follow in the order of samples. Returns whether there were any."""
     state = run.state
-    first = state.step + 1
+    first, first_sample = state.step + 1, state.consumed_samples
     while run.is_left_out(state.step + 1) and not run.is_complete:
         batch_size = run.batch_size.at(state.consumed_samples)
         state.step += 1
         state.consumed_samples += batch_size
     if state.step < first:
         return False
+    state.left_out = (*state.left_out, LeftOut(first, state.step, first_sample, state.consumed_samples - 1))
     run.batches = run.batches_from(state.consumed_samples)
     run.console.info(f"left out steps {first} to {state.step}; {state.consumed_samples} samples consumed")
     if run.is_complete:  # No step comes after which the validation set would be evaluated a last time.
@@ -239,6 +248,44 @@ def _finish_last_save(run: Run) -> None:
         run.saver.finish()
     except CheckpointError as error:
         run.console.error(str(error))
+
+
+def go_back_if_loss_rose(run: Run, metrics: StepMetrics) -> None:
+    """Have the next start go on from before a spike of the loss, and leave out the steps around it. Every rank has the
+    same losses, and so the same spike.
+
+    Raises: LossSpikeError, the same on every rank, then; DivergedError where the loss rose again after that, or where
+        there is no checkpoint from before.
+    """
+    spike = None if run.spikes is None else run.spikes.see(metrics.step, metrics.loss)
+    if spike is None:
+        return
+    training = run.config.training
+    margin, window = training.loss_spike_margin, training.loss_spike_window
+    wanted = RollBack(first=max(1, spike.first - margin), last=spike.last + margin, spike=spike.first)
+    rose = (
+        f"the loss was too high in steps {spike.first} to {spike.last}, {spike.loss:.4f} in the last: more than "
+        f"{spike.limit:.4f}, by the {window} losses before and --loss-spike-threshold {training.loss_spike_threshold:g}"
+    )
+    number = in_a_row(run.saver.roll_backs, spike.first, within=window)
+    if number >= training.max_roll_backs:
+        raise DivergedError(
+            f"{rose}\n  it rose after {number} roll-backs in a row, and --max-roll-backs is {training.max_roll_backs}: "
+            "what comes again is not of the data\n"
+            f"  go on from a checkpoint of before step {spike.first} with a lower --lr, or with more --max-roll-backs"
+        )
+    run.watchdog.at("going back", metrics.step)
+    found = run.saver.take_back(run.state, wanted)
+    if found is None:
+        raise DivergedError(
+            f"{rose}\n  {run.config.output.save} has no checkpoint of this run from before step {spike.first}\n"
+            f"  start it again with --skip-train-iteration-range {wanted.first}-{wanted.last}, and save more often"
+        )
+    path, decided = found
+    raise LossSpikeError(
+        f"{rose}\n  the run is taken back to {path}, and leaves out {decided}\n"
+        f"  start it again with --load {run.config.output.save}"
+    )
 
 
 def evaluate(run: Run, evaluator: Evaluator) -> dict[str, float]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
+from megalm.checkpoint.roll_backs import RollBack
 from megalm.config.root import Config
 from megalm.config.step_ranges import parse_step_ranges
 from megalm.data.build import Datasets, build_datasets
@@ -60,13 +61,17 @@ def total_steps(config: Config, *, dp_size: int) -> int:
     return BatchSize.from_config(config.training, dp_size=dp_size).steps_of(config.training)
 
 
-def samples_of_steps(config: Config, first: int, last: int, *, dp_size: int) -> Iterator[tuple[int, range]]:
+def samples_of_steps(
+    config: Config, first: int, last: int, *, dp_size: int, roll_backs: Sequence[RollBack] = ()
+) -> Iterator[tuple[int, range]]:
     """(step, its sample numbers) of steps `first` to `last`, counted from 1, through any ramp-up of the batch.
 
-    A step that --skip-train-iteration-range leaves out reads none of its samples: its range is empty.
+    A step that --skip-train-iteration-range or one of `roll_backs` leaves out reads none of its samples: its range is
+    empty.
     """
     batch_size = BatchSize.from_config(config.training, dp_size=dp_size)
-    left_out = parse_step_ranges(config.training.skip_train_iteration_range)
+    taken_back = (range(roll_back.first, roll_back.last + 1) for roll_back in roll_backs)
+    left_out = (*parse_step_ranges(config.training.skip_train_iteration_range), *taken_back)
     consumed = batch_size.samples_for(first - 1)
     for step in range(first, last + 1):
         size = batch_size.at(consumed)

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import TypeVar, cast
 
 from megalm.checkpoint.background import BackgroundSaver
 from megalm.checkpoint.find import Verification, find_checkpoint
 from megalm.checkpoint.lineage import KEY as LINEAGE
 from megalm.checkpoint.lineage import Lineage, Tip, lineage_in
 from megalm.checkpoint.load import load_checkpoint
+from megalm.checkpoint.roll_backs import KEY as ROLL_BACKS
+from megalm.checkpoint.roll_backs import SPIKE_WATCH, RollBack, to_json
 from megalm.checkpoint.save import SaveReport, save_checkpoint
+from megalm.checkpoint.taking_back import take_back
 from megalm.config.compare import Difference
 from megalm.config.output import OutputConfig
 from megalm.config.root import Config
@@ -23,9 +27,12 @@ from megalm.parallel.random import RngStreams
 from megalm.telemetry.console import Console
 from megalm.topology.agree import exchange, together
 from megalm.topology.topology import Topology
-from megalm.train.continuing import Onward, check_save_folder, compare, lies_in, onward, or_afresh
+from megalm.train.continuing import Onward, check_save_folder, compare, lies_in, onward, or_afresh, roll_backs
 from megalm.train.engine import Engine
+from megalm.train.spikes import SpikeWatch
 from megalm.train.state import TrainState
+
+Result = TypeVar("Result")
 
 SAMPLE_ORDER = "sample_order"
 """Key of train_state.json."""
@@ -46,10 +53,13 @@ class Saver:
     console: Console
     sample_order: str | None = None
     """`order_digest` of the training samples."""
+    spikes: SpikeWatch | None = None
     saved_step: int = -1
     """Step of the newest checkpoint that this run has published or begun to write."""
     lineage: Lineage = ()
     """Of what this run saves."""
+    roll_backs: tuple[RollBack, ...] = ()
+    """What the run leaves out since its loss rose, or has left out."""
     background: BackgroundSaver = field(init=False)
 
     def __post_init__(self) -> None:
@@ -95,6 +105,19 @@ class Saver:
             self.console.error(f"{error}\n  trying once more")
         if state.step > self.saved_step:
             self._write(state)
+
+    def take_back(self, state: TrainState, wanted: RollBack) -> tuple[Path, RollBack] | None:
+        """Have the next start go on from before a spike, as `take_back` of `checkpoint/taking_back.py` does.
+
+        Raises: CheckpointError if that cannot be written down.
+        """
+        try:
+            self.finish()
+        except CheckpointError as error:
+            self.console.error(str(error))
+        folder = self.config.output.save
+        assert folder is not None, "the watch needs --save"
+        return self._of_first(partial(take_back, Path(folder), Tip(state.step, self.lineage), wanted))
 
     def _write(self, state: TrainState) -> None:
         output = self.config.output
@@ -169,6 +192,7 @@ class Saver:
                 raise or_afresh(error) from error
             self._check_save_folder(None)
             self.console.warning(f"{error}\n  --allow-fresh-start was given: starting from step 0")
+            self._leave_out(None, None, step=0)
             self._go_on(None, Tip(0, None))
             return TrainState()
         self._check_save_folder(path)
@@ -193,6 +217,9 @@ class Saver:
         self.saved_step = -1
         if output.save is not None and lies_in(path, Path(output.save)):
             self.saved_step = state.step
+        self._leave_out(path, loaded.state.get(ROLL_BACKS), step=state.step)
+        if self.spikes is not None and state.step > 0:
+            self.spikes.resume(loaded.state.get(SPIKE_WATCH))
         self._go_on(path, Tip(state.step, lineage_in(loaded.state)))
         self.console.info(
             f"continuing from {path}: step {state.step}, {state.consumed_samples} samples consumed; {costs[-1]}, "
@@ -213,6 +240,23 @@ class Saver:
                 f"should hold alike, {most} by {found[most]:.1e} from their mean; the means were loaded"
             )
 
+    def _leave_out(self, path: Path | None, stored: object, *, step: int) -> None:
+        """Warn of steps that are left out because the run was taken back.
+
+        Communicates: two all-gathers of small objects over the world.
+        Raises: CheckpointError, as `roll_backs` does.
+        """
+        self.roll_backs = self._of_first(partial(roll_backs, self.config, path, stored=stored, step=step))
+        for roll_back in self.roll_backs:
+            if roll_back.last > step:
+                self.console.warning(f"left out are {roll_back}")
+
+    def _of_first(self, action: Callable[[], Result]) -> Result:
+        """What the first rank gets, or the error that it gets, on every rank."""
+        world = self.topology.world
+        found = exchange(together(self.topology, action if world.is_first else lambda: None), world)[0]
+        return cast(Result, found)
+
     def _go_on(self, path: Path | None, tip: Tip) -> None:
         """Warn of checkpoints that lie ahead: this run was taken back, or what was newest is damaged.
 
@@ -232,7 +276,8 @@ class Saver:
     def _state(self, state: TrainState) -> dict[str, object]:
         """What train_state.json holds."""
         order = {} if self.sample_order is None else {SAMPLE_ORDER: self.sample_order}
-        return {**state.to_json(), **order, LINEAGE: self.lineage}
+        spikes = {} if self.spikes is None else {SPIKE_WATCH: self.spikes.to_json()}
+        return {**state.to_json(), **order, **spikes, LINEAGE: self.lineage, ROLL_BACKS: to_json(self.roll_backs)}
 
     def _compare_order(self, path: Path, stored: object, changed: list[Difference]) -> None:
         """Raises: ConfigError if the samples would come in another order than before and nobody asked for that."""

@@ -87,6 +87,12 @@ def test_tracing_tells_what_every_step_read_through_blend_ramp_and_left_out_step
     assert list(read) == steps
     assert traced(["--steps", f"1:{last}"], command_line) == read
     assert traced(["--steps", "12"], command_line) == {12: read[12]}
+    (tmp_path / "run").mkdir()
+    taken_back = [{"first": 3, "last": 4, "spike": 3}, {"first": 11, "last": 11, "spike": 11}]
+    (tmp_path / "run" / "roll_backs.json").write_text(json.dumps(taken_back))
+    at = command_line.index("--skip-train-iteration-range")
+    untold = [*command_line[:at], *command_line[at + 3 :], "--save", str(tmp_path / "run")]
+    assert traced(["--steps", f"1:{last}"], untold) == read
     recorded = ["--metrics-path", str(tmp_path / "metrics.jsonl")]
     assert traced(["--steps", "2:13", *recorded], command_line) == {s: read[s] for s in read if 2 <= s <= 13}
 

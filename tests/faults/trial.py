@@ -13,6 +13,8 @@ from megalm.checkpoint.find import find_checkpoint
 from megalm.checkpoint.lineage import KEY as LINEAGE
 from megalm.checkpoint.manifest import read_manifest, verify
 from megalm.checkpoint.retention import published_checkpoints
+from megalm.checkpoint.roll_backs import KEY as ROLL_BACKS
+from megalm.checkpoint.roll_backs import SPIKE_WATCH
 from tests.support.jobs import Job, JobEnd, run_job
 from tests.support.tiny_run import MODEL_FLAGS, SEQ_LENGTH, TRAINING_FLAGS
 
@@ -142,10 +144,11 @@ class Trial:
 
 def content(checkpoint: Path) -> dict[str, str]:
     """sha256 by name of every file. config.yaml is left out, as it names the folder that was saved to; train_state.json
-    is there as it is, without the attempts that a run had to begin after a fault."""
+    is there as it is, without what tells how the run came there: attempts, roll-backs and what watches for them."""
     hashes = {record.name: record.sha256 for record in read_manifest(checkpoint).files if record.name != layout.CONFIG}
+    own = (LINEAGE, ROLL_BACKS, SPIKE_WATCH)
     state = json.loads((checkpoint / layout.TRAIN_STATE).read_text(encoding="utf-8"))
-    return {**hashes, layout.TRAIN_STATE: json.dumps({name: state[name] for name in state if name != LINEAGE})}
+    return {**hashes, layout.TRAIN_STATE: json.dumps({name: state[name] for name in state if name not in own})}
 
 
 def leftovers(folder: Path) -> list[str]:
