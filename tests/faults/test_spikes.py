@@ -30,6 +30,7 @@ WATCHING = (
     "--loss-spike-margin", str(MARGIN),
 )  # fmt: skip
 ONE = Setting("one rank", 1, ())
+ASYNC = replace(ZERO1, name="ZeRO-1 saving in the background", flags=(*ZERO1.flags, "--async-save"))
 TP2_PP2 = Setting("TP2 x PP2", 4, ("--tensor-model-parallel-size", "2", *PP2.flags))
 
 
@@ -77,7 +78,7 @@ CASES = [
     Case(replace(setting, steps=40, interval=4), first, stopped)
     for setting, first, stopped in (
         (ONE, 26, True), (TP2_PP2, 27, False), (ONE, 24, False), (DP2, 25, True), (DP2, 28, False),
-        (PP2, 29, True), (ZERO1, 26, False), (ZERO1, 30, True), (TP2_PP2, 25, True), (PP2, 31, False),
+        (PP2, 29, True), (ZERO1, 26, False), (ASYNC, 30, True), (TP2_PP2, 25, True), (PP2, 31, False),
     )
 ]  # fmt: skip
 IN_DEFAULT = 2

@@ -115,6 +115,17 @@ class Trial:
 
     def check(self) -> int:
         """Everything on the disk is whole and what the undisturbed run has; returns the newest published step."""
+        newest = self.check_whole()
+        for step, path in published_checkpoints(self.folder) if newest else ():
+            different = _different(content(path), self.clean.hashes(step))
+            assert not different, f"{path} is not what the undisturbed run saved: {different}"
+        for path in (self.folder / "metrics.jsonl", self.folder / "metrics.jsonl.discarded"):
+            for step, loss in losses(path).items():
+                assert self.clean.losses[step] == loss, f"the loss of step {step} differs"
+        return newest
+
+    def check_whole(self) -> int:
+        """Every published checkpoint verifies; returns the newest step."""
         newest = self.newest()
         if newest:
             warnings: list[str] = []
@@ -123,13 +134,8 @@ class Trial:
                 manifest = read_manifest(path)
                 assert verify(path, manifest) == [], f"{path} is published and damaged"
                 assert manifest.step == step
-                different = _different(content(path), self.clean.hashes(step))
-                assert not different, f"{path} is not what the undisturbed run saved: {different}"
             # A fault between the rename and the replacement of `latest` leaves a newer one than it names.
             assert layout.parse_step(found.name.removesuffix(".old")) is not None, warnings
-        for path in (self.folder / "metrics.jsonl", self.folder / "metrics.jsonl.discarded"):
-            for step, loss in losses(path).items():
-                assert self.clean.losses[step] == loss, f"the loss of step {step} differs"
         return newest
 
     def check_complete(self) -> None:
