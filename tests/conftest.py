@@ -18,6 +18,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("faults")
     group.addoption("--full", action="store_true", help="every fault, and every pair of layouts, instead of a sample")
     group.addoption(
+        "--long-run-minutes",
+        type=float,
+        help="tests/faults: how long one run is disturbed; a third of a minute, two hours with --full",
+    )
+    group.addoption(
         "--report",
         metavar="FILE",
         help="tests/faults: write the figures of this run into FILE; docs/reliability.md with --full",

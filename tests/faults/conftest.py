@@ -25,6 +25,15 @@ def full(request: pytest.FixtureRequest) -> bool:
 
 
 @pytest.fixture(scope="session")
+def long_run_seconds(request: pytest.FixtureRequest, full: bool) -> float:
+    """How long the long run is disturbed."""
+    minutes = request.config.getoption("--long-run-minutes")
+    if minutes is not None:
+        return 60.0 * float(minutes)
+    return 7200.0 if full else 20.0
+
+
+@pytest.fixture(scope="session")
 def clean_runs(tmp_path_factory: pytest.TempPathFactory) -> CleanRuns:
     """Runs that nobody disturbs, each made when it is first asked for."""
     folder: Path = tmp_path_factory.mktemp("clean")

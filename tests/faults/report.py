@@ -27,6 +27,9 @@ F are ranks that hang, with a limit of three seconds: every rank that can must w
 rank at fault, and the run must end with exit code 8; steps, saves and evaluations that go on must not be taken for one.
 Parts of a start and an end, which have hours, have four seconds there.
 H are ranks that compute or read slowly: `--log-straggler` must name that rank, and none in a run without.
+Spikes, in G, come of steps of random tokens: the run must go back, and from there be bit for bit the run that
+`--skip-train-iteration-range` told by hand. I compares the number of every sample that any rank reads, and losses to
+1e-5. J is one run whose command line is started again after every fault, and whose end must be the undisturbed one's.
 
 Each line is written by the run that it reports, and replaced when that suite runs again. "shows" is the largest share
 of failures that n cases can hide at 95 % confidence. `bash tests/run.sh tests/faults` runs the default suite,
@@ -35,6 +38,7 @@ of failures that n cases can hide at 95 % confidence. `bash tests/run.sh tests/f
 | id | fault | suite | k/n | shows failures below | seconds | date (UTC) | command |
 |---|---|---|---|---|---|---|---|
 """
+FOUND = "; found: "
 ROW = re.compile(r"^\| (?P<id>[A-Z]\d*) \| (?P<what>[^|]*) \| (?P<suite>[^|]*) \|.*\|$", re.MULTILINE)
 
 
@@ -60,6 +64,8 @@ class Count:
     total: int = 0
     failures: list[str] = field(default_factory=list)
     seconds: float = 0.0
+    found: str = ""
+    """A figure beside the count, in words."""
 
     @property
     def passed(self) -> int:
@@ -106,7 +112,7 @@ class Figures:
     def lines(self) -> list[str]:
         """One line of the terminal's summary for each count."""
         return [
-            f"{count.id:3} {count.passed}/{count.total} {count.what}: less than {_percent(count)} fail, "
+            f"{count.id:3} {count.passed}/{count.total} {_shown(count)}: less than {_percent(count)} fail, "
             f"{count.seconds:.1f} s"
             for count in sorted(self.counts, key=lambda count: count.id)
         ]
@@ -116,15 +122,19 @@ class Figures:
         rows = {}
         if path.is_file():
             for match in ROW.finditer(path.read_text(encoding="utf-8")):
-                rows[match["id"], match["what"], match["suite"]] = match[0]
+                rows[match["id"], match["what"].partition(FOUND)[0], match["suite"]] = match[0]
         date = time.strftime("%Y-%m-%d", time.gmtime())
         for count in self.counts:
             rows[count.id, count.what, self.suite] = (
-                f"| {count.id} | {count.what} | {self.suite} | {count.passed}/{count.total} | {_percent(count)} | "
+                f"| {count.id} | {_shown(count)} | {self.suite} | {count.passed}/{count.total} | {_percent(count)} | "
                 f"{count.seconds:.0f} | {date} | `{self.command}` |"
             )
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(HEADER + "".join(rows[key] + "\n" for key in sorted(rows)), encoding="utf-8")
+
+
+def _shown(count: Count) -> str:
+    return f"{count.what}{FOUND}{count.found}" if count.found else count.what
 
 
 def _percent(count: Count) -> str:
