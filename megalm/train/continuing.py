@@ -158,7 +158,9 @@ def onward(config: Config, loaded: Path | None, tip: Tip) -> Onward:
     return Onward((*lineage, (attempt, 0 if loaded is None else tip.step + 1)), names, begins=attempt)
 
 
-def roll_backs(config: Config, loaded: Path | None, *, stored: object, step: int) -> tuple[RollBack, ...]:
+def roll_backs(
+    config: Config, loaded: Path | None, *, stored: object, step: int, warn: Callable[[str], None]
+) -> tuple[RollBack, ...]:
     """What a run leaves out that goes on at `step` from the checkpoint `loaded`, which has `stored`: that, and what the
     folder says of later steps.
 
@@ -174,16 +176,17 @@ def roll_backs(config: Config, loaded: Path | None, *, stored: object, step: int
         raise CheckpointError(
             f"{loaded}: train_state.json is damaged, {error}\n  load an earlier checkpoint"
         ) from error
-    others = [
-        entry for entry in read_roll_backs(Path(output.load) if loaded is None else loaded.parent) if entry not in own
-    ]
+    folder = Path(output.load) if loaded is None else loaded.parent
+    others = [entry for entry in read_roll_backs(folder) if entry not in own]
     trained = [entry for entry in others if entry.first <= step]
-    if trained and loaded is not None and not _same(loaded, Path(output.load)):
-        raise CheckpointError(
-            f"{loaded}, the newest valid checkpoint, has the run trained on steps that it was taken back from: "
-            f"{'; '.join(map(str, trained))}\n"
-            f"  go on from an earlier checkpoint, or from this one all the same with --load {loaded}"
-        )
+    if trained and loaded is not None:
+        said = f"{loaded} is trained on steps that its run was taken back from: {'; '.join(map(str, trained))}"
+        if not _same(loaded, Path(output.load)):
+            raise CheckpointError(
+                f"the newest valid checkpoint, {said}\n"
+                f"  go on from an earlier checkpoint, or from this one all the same with --load {loaded}"
+            )
+        warn(said)
     return (*own, *(entry for entry in others if entry not in trained))
 
 

@@ -60,8 +60,8 @@ def _checkpoint(config: Config, folder: Path, *, dp_size: int) -> str:
         said += [f"{config.output.save} holds {going}"] if going.later else []
         said += [f"another attempt begins at step {step + 1}"] if going.begins else []
         stored = read_train_state(path).get(ROLL_BACKS) if (path / layout.TRAIN_STATE).is_file() else None
-        ahead = [roll_back for roll_back in roll_backs(config, path, stored=stored, step=step) if roll_back.last > step]
-        said += [f"left out are {roll_back}" for roll_back in ahead]
+        known = roll_backs(config, path, stored=stored, step=step, warn=said.append)
+        said += [f"left out are {roll_back}" for roll_back in known if roll_back.last > step]
     return "; ".join([f"{path}, whose hashes are verified when it is loaded", *said])
 
 

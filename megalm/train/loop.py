@@ -260,6 +260,7 @@ def go_back_if_loss_rose(run: Run, metrics: StepMetrics) -> None:
     spike = None if run.spikes is None else run.spikes.see(metrics.step, metrics.loss)
     if spike is None:
         return
+    _finish_last_save(run)
     training = run.config.training
     margin, window = training.loss_spike_margin, training.loss_spike_window
     wanted = RollBack(first=max(1, spike.first - margin), last=spike.last + margin, spike=spike.first)

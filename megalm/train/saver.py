@@ -109,12 +109,9 @@ class Saver:
     def take_back(self, state: TrainState, wanted: RollBack) -> tuple[Path, RollBack] | None:
         """Have the next start go on from before a spike, as `take_back` of `checkpoint/taking_back.py` does.
 
+        No save may be in flight: it would point `latest` to itself.
         Raises: CheckpointError if that cannot be written down.
         """
-        try:
-            self.finish()
-        except CheckpointError as error:
-            self.console.error(str(error))
         folder = self.config.output.save
         assert folder is not None, "the watch needs --save"
         return self._of_first(partial(take_back, Path(folder), Tip(state.step, self.lineage), wanted))
@@ -246,7 +243,9 @@ class Saver:
         Communicates: two all-gathers of small objects over the world.
         Raises: CheckpointError, as `roll_backs` does.
         """
-        self.roll_backs = self._of_first(partial(roll_backs, self.config, path, stored=stored, step=step))
+        self.roll_backs = self._of_first(
+            partial(roll_backs, self.config, path, stored=stored, step=step, warn=self.console.warning)
+        )
         for roll_back in self.roll_backs:
             if roll_back.last > step:
                 self.console.warning(f"left out are {roll_back}")

@@ -45,6 +45,8 @@ class SpikeWatch:
     """Those of the window."""
     high: list[float] = field(default_factory=list)
     """Those after them that are too high, up to the last step."""
+    since: int = 0
+    """Step of the first of these."""
 
     def __post_init__(self) -> None:
         self._fill(self.losses)
@@ -61,6 +63,7 @@ class SpikeWatch:
         if not math.isfinite(loss):
             return None
         limit = self._limit()
+        self.since = self.since if self.high else step  # Steps may be left out between them.
         self.high.append(loss)
         if loss <= limit:
             self.losses.extend(self.high)
@@ -68,7 +71,7 @@ class SpikeWatch:
             return None
         if len(self.high) < self.steps:
             return None
-        return Spike(step - len(self.high) + 1, step, loss, limit)
+        return Spike(self.since, step, loss, limit)
 
     def _limit(self) -> float:
         if len(self.losses) < self.window:
@@ -79,7 +82,7 @@ class SpikeWatch:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for train_state.json."""
-        return {"losses": list(self.losses), "high": list(self.high)}
+        return {"losses": list(self.losses), "high": list(self.high), "since": self.since}
 
     def resume(self, stored: object) -> None:
         """Go on from what `to_json` wrote, perhaps with another window; from nothing if there is nothing.
@@ -88,12 +91,15 @@ class SpikeWatch:
         """
         if stored is None:
             return
-        known = [stored.get(name) for name in ("losses", "high")] if isinstance(stored, dict) else []
-        lists = [[loss for loss in part if _is_loss(loss)] for part in known if isinstance(part, list)]
-        if len(lists) != 2 or lists != known:
-            raise CheckpointError(f"train_state.json: {SPIKE_WATCH} does not hold two lists of losses{DAMAGED}")
-        self._fill(lists[0])
-        self.high = lists[1]
+        known: dict[str, Any] = stored if isinstance(stored, dict) else {}
+        losses, high, since = known.get("losses"), known.get("high"), known.get("since")
+        lists = isinstance(losses, list) and isinstance(high, list) and all(map(_is_loss, (*losses, *high)))
+        if not lists or not isinstance(since, int) or since < 0:
+            raise CheckpointError(
+                f"train_state.json: {SPIKE_WATCH} does not hold two lists of losses and a step{DAMAGED}"
+            )
+        self._fill(known["losses"])
+        self.high, self.since = list(known["high"]), since
 
     def _fill(self, losses: Iterable[float]) -> None:
         self.losses = deque(losses, maxlen=self.window)

@@ -102,21 +102,23 @@ def test_what_is_left_out_is_what_lies_ahead_and_what_the_checkpoint_has(
     load: str, step: int, stored: object, expected: tuple[RollBack, ...], run: Path
 ) -> None:
     (run / layout.ROLL_BACKS).write_text(json.dumps(to_json([EARLIER, WANTED])))
-    config = smallest("--load", str(run / load), "--save", str(run))
+    config, said = smallest("--load", str(run / load), "--save", str(run)), list[str]()
     if (step, stored) == (30, None) and not load:
-        with pytest.raises(CheckpointError, match="has the run trained on steps that it was taken back from: steps 30"):
-            roll_backs(config, run / "global_step30", stored=stored, step=step)
+        with pytest.raises(CheckpointError, match="is trained on steps that its run was taken back from: steps 30"):
+            roll_backs(config, run / "global_step30", stored=stored, step=step, warn=said.append)
         return
-    assert roll_backs(config, run / f"global_step{step}", stored=stored, step=step) == expected
+    assert roll_backs(config, run / f"global_step{step}", stored=stored, step=step, warn=said.append) == expected
+    assert [word for word in said if "was taken back from" not in word] == []
+    assert len(said) == bool(load)
 
 
 def test_a_run_that_counts_anew_leaves_nothing_out(run: Path) -> None:
     (run / layout.ROLL_BACKS).write_text(json.dumps(to_json([WANTED])))
     for flag in ("--finetune", "--reset-progress"):
         config = smallest("--load", str(run), "--save", str(run / "new"), flag)
-        assert roll_backs(config, run / "global_step10", stored=None, step=0) == ()
+        assert roll_backs(config, run / "global_step10", stored=None, step=0, warn=print) == ()
     fresh = smallest("--load", str(run), "--save", str(run), "--allow-fresh-start")
-    assert roll_backs(fresh, None, stored=None, step=0) == (WANTED,)
+    assert roll_backs(fresh, None, stored=None, step=0, warn=print) == (WANTED,)
 
 
 def test_what_was_left_out_is_shown() -> None:

@@ -92,11 +92,22 @@ def test_losses_that_are_not_finite_are_passed_over() -> None:
     assert list(watch.losses) == [2.0] * 10
 
 
+def test_a_spike_begins_with_its_first_step_whatever_is_left_out_of_it() -> None:
+    watch = SpikeWatch(5.0, window=10, steps=2)
+    for step in range(1, 21):
+        watch.see(step, 2.0)
+    watch.see(21, 3.0)
+    watch.see(22, math.nan)
+    found = watch.see(40, 3.0)
+    assert found is not None
+    assert (found.first, found.last) == (21, 40)
+
+
 def test_nothing_is_too_high_before_the_window_is_full() -> None:
     rising = [2.0 + step for step in range(99)]
     assert spikes(rising) == []
     watch = SpikeWatch(5.0, window=100, steps=3)
-    watch.resume({"losses": [2.0] * 40, "high": []})
+    watch.resume({"losses": [2.0] * 40, "high": [], "since": 0})
     assert spikes([4.0] * 59, watch=watch) == []
 
 
@@ -118,18 +129,20 @@ def test_restarts_change_nothing(restarts_every: int) -> None:
 
 def test_a_shorter_window_goes_on_with_the_newest_losses() -> None:
     watch = SpikeWatch(5.0, window=3, steps=1)
-    watch.resume({"losses": [9.0, 1.0, 2.0, 3.0], "high": []})
+    watch.resume({"losses": [9.0, 1.0, 2.0, 3.0], "high": [], "since": 0})
     assert list(watch.losses) == [1.0, 2.0, 3.0]
 
 
 @pytest.mark.parametrize(
-    "stored",
-    [[], {}, {"losses": [1.0]}, {"losses": [math.nan], "high": []}, {"losses": ["1"], "high": []},
-     {"losses": [1.0], "high": [True]}, {"losses": 1.0, "high": []}],
+    "losses, high, since",
+    [(None, [], 0), ([1.0], None, 0), ([math.nan], [], 0), (["1"], [], 0), ([1.0], [True], 0), ([1.0], [], -1),
+     (1.0, [], 0)],
 )  # fmt: skip
-def test_what_is_stored_is_losses(stored: object) -> None:
-    with pytest.raises(CheckpointError, match="does not hold two lists of losses"):
-        SpikeWatch(5.0, window=3, steps=1).resume(stored)
+def test_what_is_stored_is_losses(losses: object, high: object, since: object) -> None:
+    watch = SpikeWatch(5.0, window=3, steps=1)
+    for stored in ({"losses": losses, "high": high, "since": since}, []):
+        with pytest.raises(CheckpointError, match="does not hold two lists of losses and a step"):
+            watch.resume(stored)
 
 
 def test_nobody_watches_unless_asked_to() -> None:
