@@ -18,6 +18,7 @@ from megalm.checkpoint.lineage import lineage_in
 from megalm.checkpoint.source import read_train_state
 from megalm.errors import DivergedError, LossSpikeError
 from tests.faults.report import Figures
+from tests.faults.test_failpoints import spoil
 from tests.faults.trial import DP2, PP2, ZERO1, Clean, CleanRuns, Setting, Trial, content, losses
 from tests.support.tiny_run import VOCAB_SIZE
 
@@ -56,6 +57,12 @@ def poison(rank: int, first: int, last: int) -> None:
     build._feed = poisoned
 
 
+def poison_and_kill(rank: int, first: int, last: int, folder: str) -> None:
+    """The same; and the first rank dies when it has pointed `latest` back, and not yet written what to leave out."""
+    poison(rank, first, last)
+    spoil(rank, folder, 0, f"replace {layout.ROLL_BACKS}.tmp #0", "kill")
+
+
 @dataclass(frozen=True)
 class Case:
     """Steps of bad data in a run that saves every `interval` steps."""
@@ -64,6 +71,8 @@ class Case:
     first: int
     stopped: bool = False
     """Whether the run is stopped again before it comes to what it leaves out."""
+    killed: bool = False
+    """Whether it is killed while it goes back, and has to do it once more."""
 
     @property
     def left_out(self) -> tuple[int, int]:
@@ -75,10 +84,11 @@ class Case:
 
 
 CASES = [
-    Case(replace(setting, steps=40, interval=4), first, stopped)
-    for setting, first, stopped in (
-        (ONE, 26, True), (TP2_PP2, 27, False), (ONE, 24, False), (DP2, 25, True), (DP2, 28, False),
-        (PP2, 29, True), (ZERO1, 26, False), (ASYNC, 30, True), (TP2_PP2, 25, True), (PP2, 31, False),
+    Case(replace(setting, steps=40, interval=4), first, **more)
+    for setting, first, more in (
+        (ONE, 26, {"stopped": True}), (TP2_PP2, 27, {}), (ONE, 24, {"killed": True}), (DP2, 25, {"stopped": True}),
+        (DP2, 28, {"killed": True}), (PP2, 29, {"stopped": True}), (ZERO1, 26, {}), (ASYNC, 30, {"stopped": True}),
+        (TP2_PP2, 25, {"stopped": True, "killed": True}), (PP2, 31, {}),
     )
 ]  # fmt: skip
 IN_DEFAULT = 2
@@ -98,6 +108,11 @@ def _go_back(case: Case, corpus: str, folder: Path) -> None:
     first, last = case.left_out
     data: dict[str, Any] = {"prepare": poison, "arguments": (case.first, case.first + STEPS + MARGIN - 1)}
     trial = Trial(Clean(setting, corpus, folder), folder, flags=[*WATCHING, "--log-level", "warning"])
+    if case.killed:
+        ended = trial.run(prepare=poison_and_kill, arguments=(*data["arguments"], str(folder)))
+        assert ended.codes[0] == -signal.SIGKILL, ended.output
+        assert (folder / layout.LATEST).read_text() == f"global_step{back}"
+        assert not (folder / layout.ROLL_BACKS).exists()
     ended = trial.run(**data)
     assert ended.code == LossSpikeError.exit_code, ended.output
     assert set(ended.codes) <= {LossSpikeError.exit_code, -signal.SIGKILL}  # As launchers do when the first has ended.
