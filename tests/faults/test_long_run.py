@@ -37,8 +37,9 @@ MOST_LOST = 2 * INTERVAL
 MOST_STEPS_A_SECOND = 150
 OPERATIONS = (
     "write global_stepN.tmp/train_state.json", "fsync global_stepN.tmp/manifest.json", "replace global_stepN.tmp",
-    "write latest.tmp", "mkdir global_stepN.tmp",
+    "write latest.tmp", "open global_stepN.tmp/manifest.json",
 )  # fmt: skip
+"""Each of them once in a save."""
 MOST_SAVES = 4
 """Of a run that is to fail in one of them."""
 SECONDS_OF_A_START = 3.0
