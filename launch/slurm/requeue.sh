@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Queues a job of Slurm again after a stop that was asked for, a spike that it went back from, and a hang, which may not befall it for ever.
+# Queues a job of Slurm again after a stop that was asked for, after a spike of the loss that the run went back from, and
+# after a hang, which may not befall it for ever.
 #
 #   bash launch/slurm/requeue.sh CODE STARTED [flags of pretrain_gpt.py]
 #

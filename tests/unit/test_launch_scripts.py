@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from megalm.errors import LossSpikeError
 from tests.support.tiny_run import MODEL_FLAGS, TRAINING_FLAGS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -71,6 +72,10 @@ class Cluster:
 @pytest.fixture
 def cluster(tmp_path: Path) -> Cluster:
     return Cluster(tmp_path)
+
+
+def test_a_run_that_went_back_before_a_spike_is_queued_again(cluster: Cluster) -> None:
+    assert cluster.ends(LossSpikeError.exit_code)[0]
 
 
 def test_a_third_hang_at_one_checkpoint_is_the_last_and_a_new_job_counts_anew(cluster: Cluster) -> None:
