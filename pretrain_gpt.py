@@ -26,13 +26,15 @@ def main(arguments: list[str]) -> int:
         return 0
 
     name_device_to_deepspeed()  # before the next line imports it
-    from megalm.train.build import prepare, running
+    from megalm.train.build import running
+    from megalm.train.dry_run import report
     from megalm.train.loop import evaluate_once, train
+    from megalm.train.prepare import prepare
 
     plan = prepare(config)  # the tokenizer, and every check that one process can make alone
     if config.dry_run:
         if plan.launch.rank == 0:
-            print(plan.report())
+            print(report(plan))
         return 0
     with running(plan) as run:  # join the other processes, load the checkpoint, open the data
         return evaluate_once(run) if config.training.eval_only else train(run)

@@ -1,4 +1,4 @@
-"""What `--dry-run` looks at beside the options: the files that the run will read and write, and DeepSpeed's keys."""
+"""What `--dry-run` tells: the options, the files that the run will read and write, DeepSpeed's keys, the stages."""
 
 from __future__ import annotations
 
@@ -14,17 +14,43 @@ from megalm.checkpoint.run_tokenizer import tokenizer_facts
 from megalm.checkpoint.source import read_train_state
 from megalm.config.deepspeed_json import deepspeed_json
 from megalm.config.root import Config
+from megalm.config.show import dry_run_report
 from megalm.data.build import open_corpora
 from megalm.errors import CheckpointError
+from megalm.models.flops import flops_per_token, parameter_count
 from megalm.tokenizers.protocol import Tokenizer
+from megalm.train.assembly import stages
 from megalm.train.continuing import check_save_folder, compare, onward, or_afresh, roll_backs
 from megalm.train.engine import check_deepspeed_keys
+from megalm.train.prepare import Plan
+from megalm.train.schedule import BatchSize
 
 BYTES_PER_PARAMETER = {"fp32": 12, "bf16": 14, "fp16": 14}
 """In a checkpoint: a master weight and two moments in fp32, and the weight itself in 16 bits."""
 
 
-def look(config: Config, tokenizer: Tokenizer, *, num_parameters: int, dp_size: int) -> dict[str, str]:
+def report(plan: Plan) -> str:
+    """What `--dry-run` prints.
+
+    Raises: MegalmError for what the run would stop at: kernels, stages, corpora, a checkpoint, DeepSpeed's keys.
+    """
+    dealt = stages(plan)
+    model, seq_length = plan.config.model, plan.config.data.seq_length
+    batch_size = BatchSize.from_config(plan.config.training, dp_size=plan.dp_size)
+    num_parameters = parameter_count(model, seq_length=seq_length)
+    steps = batch_size.steps_of(plan.config.training)
+    more = {
+        "steps": f"{steps:,} of {'up to ' if batch_size.increment else ''}{seq_length * batch_size.final:,} tokens",
+        "parameters": f"{num_parameters:,}",
+        "vocabulary": f"{model.padded_vocab_size:,} rows for {model.vocab_size:,} tokens of {plan.tokenizer.name}",
+        "operations": f"{flops_per_token(model, seq_length=seq_length):.3e} a token, forward and backward",
+        **({"stages": f"of {', '.join(str(len(stage)) for stage in dealt)} layers"} if len(dealt) > 1 else {}),
+        **_look(plan.config, plan.tokenizer, num_parameters=num_parameters, dp_size=plan.dp_size),
+    }
+    return dry_run_report(plan.config, world_size=plan.launch.world_size, more=more)
+
+
+def _look(config: Config, tokenizer: Tokenizer, *, num_parameters: int, dp_size: int) -> dict[str, str]:
     """What was found, in words by name; reads headers and small files, and writes nothing.
 
     Raises: DataError, CheckpointError or ConfigError, as the run itself would.

@@ -22,7 +22,8 @@ NUM_TOKENS = 97
 def first_steps(flags: list[str]) -> dict[str, Any]:
     """Three steps of the program: the tokens of the first, the losses, and the word embedding it started from."""
     from megalm.config.parse import parse_command_line
-    from megalm.train.build import prepare, running
+    from megalm.train.build import running
+    from megalm.train.prepare import prepare
     from megalm.train.loop import train
     from tests.support.tiny_run import Collector, local_weights
 

@@ -17,7 +17,8 @@ pytestmark = pytest.mark.dist
 def _samples_read(flags: list[str]) -> tuple[list[int], list[list[int]], dict[str, Any]]:
     """Trained steps, the first token ids of every micro-batch that was read, and the final state."""
     from megalm.config.parse import parse_command_line
-    from megalm.train.build import prepare, running
+    from megalm.train.build import running
+    from megalm.train.prepare import prepare
     from megalm.train.loop import train
     from tests.support.tiny_run import MODEL_FLAGS, TRAINING_FLAGS
 
@@ -90,7 +91,8 @@ def _evaluated(flags: list[str]) -> tuple[list[int], str]:
     import io
 
     from megalm.config.parse import parse_command_line
-    from megalm.train.build import prepare, running
+    from megalm.train.build import running
+    from megalm.train.prepare import prepare
     from megalm.train.loop import train
     from tests.support.tiny_run import MODEL_FLAGS, TRAINING_FLAGS
 

@@ -37,7 +37,8 @@ BY_SAMPLES = [
 def _read(command_line: list[str]) -> tuple[dict[int, list[list[int]]], list[int]]:
     """The samples of every step that was trained, as token ids, and the steps that the run counted."""
     from megalm.config.parse import parse_command_line
-    from megalm.train.build import prepare, running
+    from megalm.train.build import running
+    from megalm.train.prepare import prepare
     from megalm.train.loop import train
 
     with running(prepare(parse_command_line(command_line))) as run:

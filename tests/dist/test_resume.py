@@ -108,9 +108,11 @@ def test_a_run_that_was_taken_back_counts_its_own_steps_alone(
 def report(flags: list[str]) -> tuple[str, str]:
     """What `--dry-run` prints, and of that the line about --load."""
     from megalm.config.parse import parse_command_line
-    from megalm.train.build import prepare
+    from megalm.train import dry_run
+    from megalm.train.prepare import prepare
 
-    said = prepare(parse_command_line([*MODEL_FLAGS, *TRAINING_FLAGS, "--lr-decay-iters", "12", *flags])).report()
+    config = parse_command_line([*MODEL_FLAGS, *TRAINING_FLAGS, "--lr-decay-iters", "12", *flags])
+    said = dry_run.report(prepare(config))
     return said, next(line for line in said.splitlines() if "whose hashes are verified" in line)
 
 

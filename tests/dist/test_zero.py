@@ -99,7 +99,8 @@ def _bf16_masters(flags: list[str]) -> tuple[set[str], set[str], float]:
     import torch
 
     from megalm.config.parse import parse_command_line
-    from megalm.train.build import prepare, running
+    from megalm.train.build import running
+    from megalm.train.prepare import prepare
     from megalm.train.loop import step
     from tests.support.tiny_run import MODEL_FLAGS, TRAINING_FLAGS
 

@@ -30,7 +30,7 @@ def long_run_seconds(request: pytest.FixtureRequest, full: bool) -> float:
     minutes = request.config.getoption("--long-run-minutes")
     if minutes is not None:
         return 60.0 * float(minutes)
-    return 7200.0 if full else 20.0
+    return 7200.0 if full else 12.0
 
 
 @pytest.fixture(scope="session")

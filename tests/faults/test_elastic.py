@@ -42,7 +42,7 @@ def record_samples(rank: int, folder: str) -> None:
     """Write the number of every sample that is read for training to a file of this rank, with its step."""
     from megalm.train import build
 
-    feed = build._feed
+    feed = build.feed
 
     class Recorded:
         def __init__(self, source: Any, steps: Iterator[int]) -> None:
@@ -63,7 +63,7 @@ def record_samples(rank: int, folder: str) -> None:
         return feed(plan, topology, Recorded(source, steps), consumed_samples=consumed_samples, **options)
 
     Path(folder).mkdir(parents=True, exist_ok=True)
-    build._feed = recorded
+    build.feed = recorded
 
 
 def samples_by_step(folder: Path) -> dict[int, list[int]]:
@@ -148,7 +148,7 @@ def test_the_run_goes_on_with_the_ranks_that_are_left(
 ) -> None:
     with figures.count("I", "one of 4 ranks killed, then of 3, of 2, and the last; then 4 again") as count:
         expected = undisturbed(SETTINGS[0], clean_runs.corpus, tmp_path / "undisturbed")
-        for setting in SETTINGS:
+        for setting in SETTINGS if full else SETTINGS[1:]:
             for seed in range(5 if full else 1):
                 with count.case(f"{setting.name}, seed {seed}"):
                     lose_ranks(setting, clean_runs.corpus, tmp_path / f"{setting.name}-{seed}", expected, seed)

@@ -39,8 +39,9 @@ def saves_with_faults(flags: list[str], folder: str, cases: list[tuple[int, str,
     """
     from megalm.config.parse import parse_command_line
     from megalm.errors import CheckpointError
-    from megalm.train.build import prepare, running
+    from megalm.train.build import running
     from megalm.train.loop import step
+    from megalm.train.prepare import prepare
 
     files = FailingFiles(folder)
     files.install()

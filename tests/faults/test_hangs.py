@@ -26,7 +26,7 @@ PART_SECONDS = 4.0
 """In place of hours for each part of a start and of an end."""
 EVALUATING = ("--split", "80,20,0", "--eval-iters", "4", "training.eval_interval=7")
 FOR_EVER = 600.0
-BUILD = "megalm.train.build"
+BUILD, ASSEMBLY = "megalm.train.build", "megalm.train.assembly"
 
 
 def sleeps_for_ever(*_: Any, **__: Any) -> Any:
@@ -46,7 +46,7 @@ def sleep_in_data(rank: int, whose: int, num_batches: int) -> None:
         return
     from megalm.train import build
 
-    feed = build._feed
+    feed = build.feed
 
     def stuck(*arguments: Any, evaluating: bool = False, **options: Any) -> Iterator[Any]:
         batches = feed(*arguments, evaluating=evaluating, **options)
@@ -55,7 +55,7 @@ def sleep_in_data(rank: int, whose: int, num_batches: int) -> None:
                 sleeps_for_ever()
             yield batch
 
-    build._feed = stuck
+    build.feed = stuck
 
 
 def sleep_in(
@@ -157,11 +157,11 @@ PARTS: dict[str, Case] = {
         TP2,
         r"rank 1 does not answer; the last it told was building the model",
         sleep_in_a_part,
-        (1, BUILD, "build_pipeline", 1, stops_itself),
+        (1, ASSEMBLY, "build_pipeline", 1, stops_itself),
         stopped=1,
     ),
     "PP2, rank 0 sleeps while it builds its engine": Case(
-        PP2, r"rank 0: building the engine, in sleeps_for_ever", sleep_in_a_part, (0, BUILD, "build_engine", 1)
+        PP2, r"rank 0: building the engine, in sleeps_for_ever", sleep_in_a_part, (0, ASSEMBLY, "build_engine", 1)
     ),
     "TP2, rank 1 sleeps while it loads": Case(
         TP2,

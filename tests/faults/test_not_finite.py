@@ -41,8 +41,9 @@ def inject(flags: list[str]) -> dict[str, Any]:
     """Train; now and then one rank's gradient of one parameter holds a NaN or infinity; at last in every step."""
     from megalm.config.parse import parse_command_line
     from megalm.errors import DivergedError
-    from megalm.train.build import prepare, running
+    from megalm.train.build import running
     from megalm.train.loop import step, train
+    from megalm.train.prepare import prepare
 
     generator = random.Random(7)  # the same on every rank
     cases = []

@@ -39,7 +39,8 @@ def train_and_flip(flags: list[str], num_steps: int) -> dict[str, Any]:
     from megalm.config.parse import parse_command_line
     from megalm.topology.agree import exchange
     from megalm.train import loop
-    from megalm.train.build import prepare, running
+    from megalm.train.build import running
+    from megalm.train.prepare import prepare
 
     plain_step = loop.step
     with running(prepare(parse_command_line(flags))) as run:

@@ -20,8 +20,9 @@ def continue_from_each(flags: list[str], steps: list[int], source: str, folder: 
     """Load the checkpoint of each step, train on, and save; returns the losses by the step that was loaded."""
     from megalm.config.parse import parse_command_line
     from megalm.topology.start import start
-    from megalm.train.build import build, prepare
+    from megalm.train.build import build
     from megalm.train.loop import step
+    from megalm.train.prepare import prepare
     from megalm.train.watchdog import build_watchdog
 
     losses = {}

@@ -39,7 +39,7 @@ def poison(rank: int, first: int, last: int) -> None:
     """Batches of these steps are of random tokens, the same ones each time."""
     from megalm.train import build
 
-    feed = build._feed
+    feed = build.feed
 
     def poisoned(plan: Any, topology: Any, *arguments: Any, consumed_samples: int, **options: Any) -> Iterator[Any]:
         per_step = BATCH // (plan.config.training.micro_batch_size * topology.dp.size)
@@ -54,7 +54,7 @@ def poison(rank: int, first: int, last: int) -> None:
                 batch = batch._replace(tokens=tokens, labels=labels)
             yield batch
 
-    build._feed = poisoned
+    build.feed = poisoned
 
 
 def poison_and_kill(rank: int, first: int, last: int, folder: str) -> None:

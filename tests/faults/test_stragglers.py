@@ -43,7 +43,7 @@ def read_slowly(rank: int, whose: int, first: int, step_batches: int) -> None:
         return
     from megalm.train import build
 
-    feed = build._feed
+    feed = build.feed
 
     def slow(*arguments: Any, **options: Any) -> Iterator[Any]:
         for number, batch in enumerate(feed(*arguments, **options)):
@@ -51,7 +51,7 @@ def read_slowly(rank: int, whose: int, first: int, step_batches: int) -> None:
                 time.sleep(DELAY / step_batches)
             yield batch
 
-    build._feed = slow
+    build.feed = slow
 
 
 @dataclass(frozen=True)

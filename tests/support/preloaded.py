@@ -15,6 +15,7 @@ for name in (
     "torch.utils.checkpoint",
     "megalm.models.gpt.pipeline",
     "megalm.train.build",
+    "megalm.train.dry_run",
     "megalm.train.loop",
     "megalm.tokenizers.null",
     "tests.support.tiny_run",

@@ -69,8 +69,9 @@ class Collector:
 def train_tiny(flags: list[str]) -> RankOutcome:
     """Run the program on this rank; flags override the tiny model's."""
     from megalm.config.parse import parse_command_line
-    from megalm.train.build import prepare, running
+    from megalm.train.build import running
     from megalm.train.loop import train
+    from megalm.train.prepare import prepare
 
     config = parse_command_line([*MODEL_FLAGS, *TRAINING_FLAGS, *flags])
     with running(prepare(config)) as run:
