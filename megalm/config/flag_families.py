@@ -121,7 +121,12 @@ FAMILIES = (
         "pass --rampup-batch-size START INCREMENT SAMPLES",
     ),
     family(
-        "--check-for-spiky-loss --check-for-large-grads --no-check-for-nan-in-loss-and-grad",
+        "--check-for-spiky-loss",
+        "a loss that jumps and stays up is --loss-spike-threshold's affair",
+        "pass --loss-spike-threshold 6",
+    ),
+    family(
+        "--check-for-large-grads --no-check-for-nan-in-loss-and-grad",
         "updates whose gradients are not finite are left out, and no others",
         "remove it; --max-skipped-steps says how many in a row end the run",
     ),
