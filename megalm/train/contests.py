@@ -91,7 +91,7 @@ class Contests:
         if known is not None and known["on"] == on:
             verdict = Verdict(known["is_better"], known["reason"])
         else:
-            verdict = trial.in_a_process(contest)
+            verdict = trial.in_a_process(contest, device=self._device)
         self._verdicts[operation] = (on, verdict)
         return verdict
 

@@ -31,7 +31,8 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> list[Verdict]:
     """A GPU as far as contests ask, and the verdicts that they will come to."""
     verdicts: list[Verdict] = []
 
-    def tried(contest: Callable[[], Verdict]) -> Verdict:
+    def tried(contest: Callable[[], Verdict], *, device: torch.device) -> Verdict:
+        assert device == CUDA
         return verdicts.pop(0)
 
     monkeypatch.setattr(contests, "obstacle_of", lambda operation, name, device: None)
