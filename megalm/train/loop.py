@@ -238,7 +238,7 @@ def stop_if_drifted(run: Run) -> None:
     drifts = run.replicas.find(run.state.step)
     if drifts:
         _finish_last_save(run)
-        raise run.replicas.error(drifts, step=run.state.step, saved_step=run.saver.saved_step, config=run.config)
+        raise run.replicas.error(drifts, step=run.state.step, saved_step=run.saver.published_step, config=run.config)
 
 
 def _finish_last_save(run: Run) -> None:

@@ -12,6 +12,7 @@ from typing import TypeVar, cast
 
 from megalm.checkpoint.background import BackgroundSaver
 from megalm.checkpoint.find import Verification, find_checkpoint
+from megalm.checkpoint.layout import parse_step
 from megalm.checkpoint.lineage import KEY as LINEAGE
 from megalm.checkpoint.lineage import Lineage, Tip, lineage_in
 from megalm.checkpoint.load import load_checkpoint
@@ -56,6 +57,8 @@ class Saver:
     spikes: SpikeWatch | None = None
     saved_step: int = -1
     """Step of the newest checkpoint that this run has published or begun to write."""
+    published_step: int = -1
+    """Step of the newest one that is on disk."""
     lineage: Lineage = ()
     """Of what this run saves."""
     roll_backs: tuple[RollBack, ...] = ()
@@ -149,6 +152,9 @@ class Saver:
     def _report(self, report: SaveReport | None) -> None:
         if report is None:
             return
+        step = parse_step(report.path.name)
+        assert step is not None, report.path
+        self.published_step = step
         megabytes, seconds = report.num_bytes / 1e6, report.elapsed_seconds
         stall = f", training waited {report.stall_seconds:.2f} s" if self.config.output.async_save else ""
         self.console.info(f"saved {report.path} ({megabytes:.1f} MB in {seconds:.1f} s{stall})")
@@ -213,7 +219,7 @@ class Saver:
             self._compare_order(path, loaded.state.get(SAMPLE_ORDER), changed)
         self.saved_step = -1
         if output.save is not None and lies_in(path, Path(output.save)):
-            self.saved_step = state.step
+            self.saved_step = self.published_step = state.step
         self._leave_out(path, loaded.state.get(ROLL_BACKS), step=state.step)
         if self.spikes is not None and state.step > 0:
             self.spikes.resume(loaded.state.get(SPIKE_WATCH))
