@@ -28,7 +28,16 @@ from megalm.parallel.random import RngStreams
 from megalm.telemetry.console import Console
 from megalm.topology.agree import exchange, together
 from megalm.topology.topology import Topology
-from megalm.train.continuing import Onward, check_save_folder, compare, lies_in, onward, or_afresh, roll_backs
+from megalm.train.continuing import (
+    Onward,
+    check_save_folder,
+    compare,
+    forget_roll_backs,
+    lies_in,
+    onward,
+    or_afresh,
+    roll_backs,
+)
 from megalm.train.engine import Engine
 from megalm.train.spikes import SpikeWatch
 from megalm.train.state import TrainState
@@ -180,6 +189,7 @@ class Saver:
         """
         output = self.config.output
         if output.load is None:
+            self._forget_roll_backs(None)
             return TrainState()
         costs: list[Verification] = []
         try:
@@ -246,15 +256,24 @@ class Saver:
     def _leave_out(self, path: Path | None, stored: object, *, step: int) -> None:
         """Warn of steps that are left out because the run was taken back.
 
-        Communicates: two all-gathers of small objects over the world.
-        Raises: CheckpointError, as `roll_backs` does.
+        Communicates: four all-gathers of small objects over the world.
+        Raises: CheckpointError, as `roll_backs` and `forget_roll_backs` do.
         """
+        self._forget_roll_backs(path)
         self.roll_backs = self._of_first(
             partial(roll_backs, self.config, path, stored=stored, step=step, warn=self.console.warning)
         )
         for roll_back in self.roll_backs:
             if roll_back.last > step:
                 self.console.warning(f"left out are {roll_back}")
+
+    def _forget_roll_backs(self, loaded: Path | None) -> None:
+        aside = self._of_first(partial(forget_roll_backs, self.config, loaded))
+        if aside is not None:
+            self.console.warning(
+                f"{self.config.output.save} says what another run left out, which has no checkpoints there: that is in "
+                f"{aside.name} now"
+            )
 
     def _of_first(self, action: Callable[[], Result]) -> Result:
         """What the first rank gets, or the error that it gets, on every rank."""
