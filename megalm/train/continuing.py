@@ -9,6 +9,7 @@ from pathlib import Path
 
 from megalm.checkpoint.history import read_tip
 from megalm.checkpoint.identity import read_config
+from megalm.checkpoint.layout import ROLL_BACKS
 from megalm.checkpoint.lineage import Lineage, Tip, new_attempt
 from megalm.checkpoint.manifest import read_manifest
 from megalm.checkpoint.retention import published_checkpoints
@@ -189,7 +190,7 @@ def roll_backs(
                 f"the newest valid checkpoint, {said}\n"
                 f"  go on from an earlier checkpoint, or from this one all the same with --load {loaded}"
             )
-        warn(said)
+        warn(f"{said}\n  --load {folder} refuses what is trained on them until {folder / ROLL_BACKS} has them no more")
     return (*own, *(entry for entry in others if entry not in trained))
 
 

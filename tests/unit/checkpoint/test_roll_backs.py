@@ -110,6 +110,7 @@ def test_what_is_left_out_is_what_lies_ahead_and_what_the_checkpoint_has(
     assert roll_backs(config, run / f"global_step{step}", stored=stored, step=step, warn=said.append) == expected
     assert [word for word in said if "was taken back from" not in word] == []
     assert len(said) == bool(load)
+    assert all(f"--load {run} refuses what is trained on them until {run / layout.ROLL_BACKS}" in word for word in said)
 
 
 def test_a_run_that_counts_anew_leaves_nothing_out(run: Path) -> None:
