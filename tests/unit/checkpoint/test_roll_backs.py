@@ -9,8 +9,10 @@ import pytest
 
 from megalm.checkpoint import layout
 from megalm.checkpoint.lineage import Tip
+from megalm.checkpoint.manifest import Manifest
 from megalm.checkpoint.roll_backs import RollBack, in_a_row, parse_roll_backs, to_json
 from megalm.checkpoint.taking_back import read_roll_backs, take_back
+from megalm.checkpoint.universal import description
 from megalm.errors import CheckpointError
 from megalm.train.continuing import forget_roll_backs, roll_backs
 from tests.unit.checkpoint.test_lineage import AGAIN, saved
@@ -147,6 +149,15 @@ def test_a_run_leaves_out_nothing_for_another_one_whose_checkpoints_are_gone(
     if aside is not None:
         assert aside.name == "roll_backs.json.1"
         assert parse_roll_backs(json.loads(aside.read_text())) == (WANTED,)
+
+
+@pytest.mark.parametrize("step, expected", [(20, [EARLIER, WANTED]), (45, [WANTED]), (60, [])])
+def test_copies_by_deepspeed_s_converter_say_what_lies_ahead(step: int, expected: list[RollBack]) -> None:
+    manifest = Manifest(step=step, layout={}, model={}, versions={})
+    state = description(manifest, {"step": step, "roll_backs": to_json([EARLIER, WANTED])})["train_state"]
+    assert parse_roll_backs(state.get("roll_backs")) == tuple(expected)
+    with pytest.raises(CheckpointError, match=r"train_state.json is damaged, roll-backs are 5"):
+        description(manifest, {"roll_backs": 5})
 
 
 def test_what_was_left_out_is_shown() -> None:
