@@ -18,9 +18,10 @@ from megalm.parallel.replicas import Drift
 from megalm.telemetry.console import Console
 from megalm.topology.group import Group
 from megalm.topology.topology import Topology
-from megalm.train.loop import stop_if_drifted
+from megalm.train.loop import go_back_if_loss_rose, stop_if_drifted
 from megalm.train.replica_check import ReplicaCheck, _held
 from megalm.train.saver import Saver
+from megalm.train.spikes import Spike
 from megalm.train.state import TrainState
 from tests.support.training import tiny_config
 
@@ -76,3 +77,28 @@ def test_a_save_that_fails_as_the_run_ends_is_no_way_back(monkeypatch: pytest.Mo
     )
     with pytest.raises(ReplicaError, match="go on with --load new/global_step10, saved when all were equal"):
         stop_if_drifted(run)
+
+
+def test_a_spike_of_replicas_that_drifted_is_not_blamed_on_the_data() -> None:
+    compared = []
+
+    def find(step: int) -> list[Drift]:
+        compared.append(step)
+        return [Drift("dp", (0,), (), ("ln_f.bias",))]
+
+    def error(drifts: list[Drift], **facts: Any) -> ReplicaError:
+        return ReplicaError("ranks differ")
+
+    run: Any = SimpleNamespace(
+        config=None,
+        replicas=SimpleNamespace(find=find, error=error),
+        saver=SimpleNamespace(finish=lambda: None, published_step=-1),
+        spikes=SimpleNamespace(see=lambda step, loss: Spike(29, 30, loss, 2.0) if loss > 2.0 else None),
+        state=TrainState(step=30),
+        watchdog=SimpleNamespace(at=lambda operation, step: None),
+    )
+    metrics: Any = SimpleNamespace(step=30, loss=1.0)
+    go_back_if_loss_rose(run, metrics)
+    assert compared == []  # steps without a spike do not pay for it
+    with pytest.raises(ReplicaError, match="ranks differ"):
+        go_back_if_loss_rose(run, SimpleNamespace(step=30, loss=9.0))  # type: ignore[arg-type]
