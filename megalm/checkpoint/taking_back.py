@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from megalm.checkpoint import layout
-from megalm.checkpoint.durable import replace_text, writing_to
+from megalm.checkpoint.durable import rename, replace_text, writing_to
 from megalm.checkpoint.history import own_checkpoints
 from megalm.checkpoint.lineage import Tip
 from megalm.checkpoint.retention import published_checkpoints
@@ -52,6 +52,22 @@ def take_back(folder: Path, tip: Tip, wanted: RollBack) -> tuple[Path, RollBack]
         replace_text(folder / layout.LATEST, path.name)
         replace_text(folder / layout.ROLL_BACKS, json.dumps(to_json([*known, decided]), indent=1) + "\n")
     return path, decided
+
+
+def set_aside_roll_backs(folder: Path) -> Path | None:
+    """Rename what another run left out, of which `folder` has no checkpoints any more.
+
+    Returns the new name; None if there is nothing of the kind.
+    Raises: CheckpointError if it cannot be renamed.
+    """
+    file, number = folder / layout.ROLL_BACKS, 1
+    if not file.exists():
+        return None
+    while (aside := file.with_name(f"{file.name}.{number}")).exists():
+        number += 1
+    with writing_to(aside):
+        rename(file, aside)
+    return aside
 
 
 def _step(path: Path) -> int:

@@ -25,7 +25,7 @@ from megalm.checkpoint.manifest import Manifest, read_manifest
 from megalm.checkpoint.merge import LayerFiles
 from megalm.checkpoint.optimizer_files import MASTER, MOMENTS, LocalState, OptimizerFiles, Pieces, StateReader
 from megalm.checkpoint.roll_backs import KEY as ROLL_BACKS
-from megalm.checkpoint.roll_backs import SPIKE_WATCH
+from megalm.checkpoint.roll_backs import SPIKE_WATCH, parse_roll_backs, to_json
 from megalm.checkpoint.tensor_files import InertState, read_tensors
 from megalm.errors import CheckpointError
 from megalm.models.gpt.shape import GPTShape
@@ -95,14 +95,25 @@ def _pattern(weight: Weight, shape: GPTShape, *, pipelined: bool) -> str:
 
 
 def description(manifest: Manifest, train_state: dict[str, Any]) -> dict[str, Any]:
-    """The value of DESCRIPTION_KEY; without what tells how the run came here, which no tensor depends on."""
+    """The value of DESCRIPTION_KEY; without what tells how the run came here, which no tensor depends on.
+
+    Steps ahead that are to be left out stay: whoever goes on from a converter's copy has nothing else that says so.
+    Raises: CheckpointError if nobody can read which they are.
+    """
     own = (LINEAGE, ROLL_BACKS, SPIKE_WATCH)
+    try:
+        ahead = [entry for entry in parse_roll_backs(train_state.get(ROLL_BACKS)) if entry.last > manifest.step]
+    except ValueError as error:
+        raise CheckpointError(f"{layout.TRAIN_STATE} is damaged, {error}\n  take an earlier checkpoint") from error
     return {
         "step": manifest.step,
         "layout": dict(manifest.layout),
         "model": dict(manifest.model),
         "versions": dict(manifest.versions),
-        "train_state": {name: value for name, value in train_state.items() if name not in own},
+        "train_state": {
+            **{name: value for name, value in train_state.items() if name not in own},
+            **({ROLL_BACKS: to_json(ahead)} if ahead else {}),
+        },
     }
 
 

@@ -39,13 +39,16 @@ MOST_TOKENS = 16_384
 NUM_ELEMENTS = 2**26
 
 
-def in_a_process(contest: Callable[[], Verdict], *, seconds: float = PATIENCE_SECONDS) -> Verdict:
-    """What `contest` finds in a new process, which may end in any way, or not at all. It must be one to pickle."""
+def in_a_process(
+    contest: Callable[[], Verdict], *, device: torch.device | None = None, seconds: float = PATIENCE_SECONDS
+) -> Verdict:
+    """What `contest` finds on `device` in a new process, which may end in any way, or not at all. It must be one to
+    pickle."""
     started = time.perf_counter()
     try:
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe(duplex=False)
-        process = context.Process(target=_answer, args=(contest, theirs), daemon=True)
+        process = context.Process(target=_answer, args=(contest, device, theirs), daemon=True)
         process.start()
         theirs.close()
         try:
@@ -60,8 +63,10 @@ def in_a_process(contest: Callable[[], Verdict], *, seconds: float = PATIENCE_SE
     return verdict._replace(reason=f"{verdict.reason}; tried in {time.perf_counter() - started:.0f} s")
 
 
-def _answer(contest: Callable[[], Verdict], connection: Connection) -> None:
+def _answer(contest: Callable[[], Verdict], device: torch.device | None, connection: Connection) -> None:
     try:
+        if device is not None and device.type == "cuda":
+            torch.cuda.set_device(device)  # Triton, graphs and events take the current one, which is GPU 0 at first.
         verdict = contest()
     except Exception as error:  # Whatever a library or a driver raises.
         verdict = Verdict(False, _words(error))

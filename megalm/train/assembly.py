@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from megalm.models.gpt.build import build_model, build_pipeline, choose_kernels,
 from megalm.models.gpt.weights import FIRST_BLOCK_LAYER
 from megalm.parallel.random import RngStreams
 from megalm.telemetry.console import Console
+from megalm.topology.agree import together
 from megalm.topology.start import device_type
 from megalm.topology.topology import Topology
 from megalm.train.contests import Contests
@@ -52,8 +54,7 @@ def assemble_module(plan: Plan, topology: Topology, streams: RngStreams, console
         topology=topology,
         console=console,
     )
-    if topology.world.is_first:
-        contests.record(names)
+    together(topology, partial(contests.record, names) if topology.world.is_first else lambda: None)
     model_plan = plan_gpt(
         config.model,
         seq_length=config.data.seq_length,
@@ -173,6 +174,5 @@ def _choose_update_kernels(config: Config, topology: Topology, console: Console)
     requested = {"gradient_sum": "auto", "adamw": config.output.adamw}
     contests = Contests(config, topology.device, dtype=TORCH_DTYPES[config.training.dtype])
     kernels, names = choose_on_all_ranks(requested, choose_them, topology=topology, console=console)
-    if topology.world.is_first:
-        contests.record(names)
+    together(topology, partial(contests.record, names) if topology.world.is_first else lambda: None)
     return kernels

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from megalm.checkpoint.durable import make_folder, replace_text
+from megalm.checkpoint.durable import make_folder, replace_text, writing_to
 from megalm.checkpoint.layout import KERNELS, parse_step
 from megalm.config.checks import gelu_linear_needs
 from megalm.config.root import Config
@@ -66,17 +66,21 @@ class Contests:
         return lambda: self._verdict("adamw", partial(trial.update, kernel, device=self._device), "")
 
     def record(self, names: Mapping[str, str]) -> None:
-        """Keep how it went where the run saves, after all ranks agreed on the implementations `names`."""
+        """Keep how it went where the run saves, after all ranks agreed on the implementations `names`.
+
+        Raises: CheckpointError if it cannot be written.
+        """
         tried = {operation: found for operation, found in self._verdicts.items() if operation in names}
-        if self._config.output.save is None or not tried:
+        if self._config.output.save is None or self._config.training.eval_only or not tried:
             return
         folder = Path(self._config.output.save)
         known = _recorded(folder) | {
             operation: {"on": on, "is_better": names[operation] == CHALLENGERS[operation], "reason": verdict.reason}
             for operation, (on, verdict) in tried.items()
         }
-        make_folder(folder)
-        replace_text(folder / KERNELS, json.dumps(known, indent=1) + "\n")
+        with writing_to(folder / KERNELS):
+            make_folder(folder)
+            replace_text(folder / KERNELS, json.dumps(known, indent=1) + "\n")
 
     def _is_open(self, operation: str) -> bool:
         return (
@@ -91,7 +95,7 @@ class Contests:
         if known is not None and known["on"] == on:
             verdict = Verdict(known["is_better"], known["reason"])
         else:
-            verdict = trial.in_a_process(contest)
+            verdict = trial.in_a_process(contest, device=self._device)
         self._verdicts[operation] = (on, verdict)
         return verdict
 

@@ -9,11 +9,12 @@ from pathlib import Path
 
 from megalm.checkpoint.history import read_tip
 from megalm.checkpoint.identity import read_config
+from megalm.checkpoint.layout import ROLL_BACKS
 from megalm.checkpoint.lineage import Lineage, Tip, new_attempt
 from megalm.checkpoint.manifest import read_manifest
 from megalm.checkpoint.retention import published_checkpoints
 from megalm.checkpoint.roll_backs import RollBack, parse_roll_backs
-from megalm.checkpoint.taking_back import read_roll_backs
+from megalm.checkpoint.taking_back import read_roll_backs, set_aside_roll_backs
 from megalm.config.compare import Difference, differences
 from megalm.config.root import Config
 from megalm.data.folder_lock import folder_lock
@@ -41,12 +42,8 @@ def check_save_folder(config: Config, loaded: Path | None) -> None:
     output, folder = config.output, _saved_to(config)
     if folder is None:
         return
-    if loaded is None:  # All that --load holds may be damaged.
-        continues = output.load is not None and _same(folder, Path(output.load))
-    else:
-        continues = lies_in(loaded, folder)
     resets = output.finetune or output.reset_progress
-    if continues and not (resets and loaded is not None):
+    if _is_in(folder, config, loaded) and not (resets and loaded is not None):
         return
     others: list[Path] = []
     with contextlib.suppress(OSError):  # Of a folder that is not there or cannot be read whoever writes to it tells.
@@ -108,6 +105,13 @@ def _saved_to(config: Config) -> Path | None:
 def lies_in(checkpoint: Path, folder: Path) -> bool:
     """Whether a checkpoint is one of those in `folder`, however both are spelled or linked."""
     return _same(checkpoint.parent, folder) or _same(checkpoint.resolve().parent, folder)
+
+
+def _is_in(folder: Path, config: Config, loaded: Path | None) -> bool:
+    """Whether a run that saves to `folder` found what it starts from there."""
+    if loaded is None:  # All that --load holds may be damaged.
+        return config.output.load is not None and _same(folder, Path(config.output.load))
+    return lies_in(loaded, folder)
 
 
 def _same(one: Path, other: Path) -> bool:
@@ -186,8 +190,21 @@ def roll_backs(
                 f"the newest valid checkpoint, {said}\n"
                 f"  go on from an earlier checkpoint, or from this one all the same with --load {loaded}"
             )
-        warn(said)
+        warn(f"{said}\n  --load {folder} refuses what is trained on them until {folder / ROLL_BACKS} has them no more")
     return (*own, *(entry for entry in others if entry not in trained))
+
+
+def forget_roll_backs(config: Config, loaded: Path | None) -> Path | None:
+    """Where the file went of what another run left out in `--save`; none if there was none, or it is this run's.
+
+    `check_save_folder` has found no checkpoints of that run.
+    Raises: CheckpointError if it cannot be renamed.
+    """
+    output, folder = config.output, _saved_to(config)
+    resets = output.finetune or output.reset_progress
+    if folder is None or (_is_in(folder, config, loaded) and not resets):
+        return None
+    return set_aside_roll_backs(folder)
 
 
 def compare(

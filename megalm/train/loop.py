@@ -238,7 +238,7 @@ def stop_if_drifted(run: Run) -> None:
     drifts = run.replicas.find(run.state.step)
     if drifts:
         _finish_last_save(run)
-        raise run.replicas.error(drifts, step=run.state.step, saved_step=run.saver.saved_step, config=run.config)
+        raise run.replicas.error(drifts, step=run.state.step, saved_step=run.saver.published_step, config=run.config)
 
 
 def _finish_last_save(run: Run) -> None:
@@ -255,11 +255,12 @@ def go_back_if_loss_rose(run: Run, metrics: StepMetrics) -> None:
     same losses, and so the same spike.
 
     Raises: LossSpikeError, the same on every rank, then; DivergedError where the loss rose again after that, or where
-        there is no checkpoint from before.
+        there is no checkpoint from before; ReplicaError, as `stop_if_drifted` does.
     """
     spike = None if run.spikes is None else run.spikes.see(metrics.step, metrics.loss)
     if spike is None:
         return
+    stop_if_drifted(run)  # What a GPU did is not to be blamed on the data.
     _finish_last_save(run)
     training = run.config.training
     margin, window = training.loss_spike_margin, training.loss_spike_window

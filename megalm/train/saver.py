@@ -12,6 +12,7 @@ from typing import TypeVar, cast
 
 from megalm.checkpoint.background import BackgroundSaver
 from megalm.checkpoint.find import Verification, find_checkpoint
+from megalm.checkpoint.layout import parse_step
 from megalm.checkpoint.lineage import KEY as LINEAGE
 from megalm.checkpoint.lineage import Lineage, Tip, lineage_in
 from megalm.checkpoint.load import load_checkpoint
@@ -27,7 +28,16 @@ from megalm.parallel.random import RngStreams
 from megalm.telemetry.console import Console
 from megalm.topology.agree import exchange, together
 from megalm.topology.topology import Topology
-from megalm.train.continuing import Onward, check_save_folder, compare, lies_in, onward, or_afresh, roll_backs
+from megalm.train.continuing import (
+    Onward,
+    check_save_folder,
+    compare,
+    forget_roll_backs,
+    lies_in,
+    onward,
+    or_afresh,
+    roll_backs,
+)
 from megalm.train.engine import Engine
 from megalm.train.spikes import SpikeWatch
 from megalm.train.state import TrainState
@@ -56,6 +66,8 @@ class Saver:
     spikes: SpikeWatch | None = None
     saved_step: int = -1
     """Step of the newest checkpoint that this run has published or begun to write."""
+    published_step: int = -1
+    """Step of the newest one that is on disk."""
     lineage: Lineage = ()
     """Of what this run saves."""
     roll_backs: tuple[RollBack, ...] = ()
@@ -149,6 +161,9 @@ class Saver:
     def _report(self, report: SaveReport | None) -> None:
         if report is None:
             return
+        step = parse_step(report.path.name)
+        assert step is not None, report.path
+        self.published_step = step
         megabytes, seconds = report.num_bytes / 1e6, report.elapsed_seconds
         stall = f", training waited {report.stall_seconds:.2f} s" if self.config.output.async_save else ""
         self.console.info(f"saved {report.path} ({megabytes:.1f} MB in {seconds:.1f} s{stall})")
@@ -174,6 +189,7 @@ class Saver:
         """
         output = self.config.output
         if output.load is None:
+            self._forget_roll_backs(None)
             return TrainState()
         costs: list[Verification] = []
         try:
@@ -213,7 +229,7 @@ class Saver:
             self._compare_order(path, loaded.state.get(SAMPLE_ORDER), changed)
         self.saved_step = -1
         if output.save is not None and lies_in(path, Path(output.save)):
-            self.saved_step = state.step
+            self.saved_step = self.published_step = state.step
         self._leave_out(path, loaded.state.get(ROLL_BACKS), step=state.step)
         if self.spikes is not None and state.step > 0:
             self.spikes.resume(loaded.state.get(SPIKE_WATCH))
@@ -240,15 +256,24 @@ class Saver:
     def _leave_out(self, path: Path | None, stored: object, *, step: int) -> None:
         """Warn of steps that are left out because the run was taken back.
 
-        Communicates: two all-gathers of small objects over the world.
-        Raises: CheckpointError, as `roll_backs` does.
+        Communicates: four all-gathers of small objects over the world.
+        Raises: CheckpointError, as `roll_backs` and `forget_roll_backs` do.
         """
+        self._forget_roll_backs(path)
         self.roll_backs = self._of_first(
             partial(roll_backs, self.config, path, stored=stored, step=step, warn=self.console.warning)
         )
         for roll_back in self.roll_backs:
             if roll_back.last > step:
                 self.console.warning(f"left out are {roll_back}")
+
+    def _forget_roll_backs(self, loaded: Path | None) -> None:
+        aside = self._of_first(partial(forget_roll_backs, self.config, loaded))
+        if aside is not None:
+            self.console.warning(
+                f"{self.config.output.save} says what another run left out, which has no checkpoints there: that is in "
+                f"{aside.name} now"
+            )
 
     def _of_first(self, action: Callable[[], Result]) -> Result:
         """What the first rank gets, or the error that it gets, on every rank."""

@@ -9,10 +9,12 @@ import pytest
 
 from megalm.checkpoint import layout
 from megalm.checkpoint.lineage import Tip
+from megalm.checkpoint.manifest import Manifest
 from megalm.checkpoint.roll_backs import RollBack, in_a_row, parse_roll_backs, to_json
 from megalm.checkpoint.taking_back import read_roll_backs, take_back
+from megalm.checkpoint.universal import description
 from megalm.errors import CheckpointError
-from megalm.train.continuing import roll_backs
+from megalm.train.continuing import forget_roll_backs, roll_backs
 from tests.unit.checkpoint.test_lineage import AGAIN, saved
 from tests.unit.config.arguments import smallest
 from tools import inspect_checkpoint
@@ -110,6 +112,7 @@ def test_what_is_left_out_is_what_lies_ahead_and_what_the_checkpoint_has(
     assert roll_backs(config, run / f"global_step{step}", stored=stored, step=step, warn=said.append) == expected
     assert [word for word in said if "was taken back from" not in word] == []
     assert len(said) == bool(load)
+    assert all(f"--load {run} refuses what is trained on them until {run / layout.ROLL_BACKS}" in word for word in said)
 
 
 def test_a_run_that_counts_anew_leaves_nothing_out(run: Path) -> None:
@@ -119,6 +122,42 @@ def test_a_run_that_counts_anew_leaves_nothing_out(run: Path) -> None:
         assert roll_backs(config, run / "global_step10", stored=None, step=0, warn=print) == ()
     fresh = smallest("--load", str(run), "--save", str(run), "--allow-fresh-start")
     assert roll_backs(fresh, None, stored=None, step=0, warn=print) == (WANTED,)
+
+
+@pytest.mark.parametrize(
+    "words, loaded, is_forgotten",
+    [
+        ("--save run", None, True),
+        ("--save run --load other", "other/global_step10", True),
+        ("--save run --load run --finetune", "run/global_step0", True),
+        ("--save run --load run", "run/global_step10", False),
+        ("--save run --load run/global_step10", "run/global_step10", False),
+        ("--save run --load run --allow-fresh-start", None, False),
+        ("--save run --load other --eval-only", "other/global_step10", False),
+    ],
+)
+def test_a_run_leaves_out_nothing_for_another_one_whose_checkpoints_are_gone(
+    words: str, loaded: str | None, is_forgotten: bool, tmp_path: Path
+) -> None:
+    for name in ("run", "other"):
+        (tmp_path / name).mkdir()
+    file = tmp_path / "run" / layout.ROLL_BACKS
+    file.write_text(json.dumps(to_json([WANTED])))
+    flags = [word if word.startswith("--") else str(tmp_path / word) for word in words.split()]
+    aside = forget_roll_backs(smallest(*flags), None if loaded is None else tmp_path / loaded)
+    assert (aside is not None, file.exists()) == (is_forgotten, not is_forgotten)
+    if aside is not None:
+        assert aside.name == "roll_backs.json.1"
+        assert parse_roll_backs(json.loads(aside.read_text())) == (WANTED,)
+
+
+@pytest.mark.parametrize("step, expected", [(20, [EARLIER, WANTED]), (45, [WANTED]), (60, [])])
+def test_copies_by_deepspeed_s_converter_say_what_lies_ahead(step: int, expected: list[RollBack]) -> None:
+    manifest = Manifest(step=step, layout={}, model={}, versions={})
+    state = description(manifest, {"step": step, "roll_backs": to_json([EARLIER, WANTED])})["train_state"]
+    assert parse_roll_backs(state.get("roll_backs")) == tuple(expected)
+    with pytest.raises(CheckpointError, match=r"train_state.json is damaged, roll-backs are 5"):
+        description(manifest, {"roll_backs": 5})
 
 
 def test_what_was_left_out_is_shown() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from functools import partial
+from multiprocessing import Pipe
 from typing import Any
 
 import pytest
@@ -55,6 +56,14 @@ def test_a_process_gives_its_verdict_or_how_it_ended(contest: Any, wanted: Verdi
     is_better, reason = trial.in_a_process(contest)
     assert is_better == wanted.is_better
     assert reason.startswith(wanted.reason)
+
+
+def test_a_contest_is_held_on_the_gpu_of_its_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    current, third = [torch.device("cuda", 0)], torch.device("cuda", 3)  # as in every new process
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: current.append(device))
+    ours, theirs = Pipe(duplex=False)
+    trial._answer(lambda: Verdict(current[-1] == third, ""), third, theirs)
+    assert ours.recv().is_better
 
 
 def test_a_process_without_an_answer_is_ended() -> None:

@@ -11,6 +11,7 @@ import torch
 
 from megalm.config.parse import parse_command_line
 from megalm.config.root import Config
+from megalm.errors import CheckpointError
 from megalm.kernels import trial
 from megalm.kernels.backend import Verdict
 from megalm.kernels.bias_gelu.eager import bias_gelu
@@ -31,7 +32,8 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> list[Verdict]:
     """A GPU as far as contests ask, and the verdicts that they will come to."""
     verdicts: list[Verdict] = []
 
-    def tried(contest: Callable[[], Verdict]) -> Verdict:
+    def tried(contest: Callable[[], Verdict], *, device: torch.device) -> Verdict:
+        assert device == CUDA
         return verdicts.pop(0)
 
     monkeypatch.setattr(contests, "obstacle_of", lambda operation, name, device: None)
@@ -118,3 +120,14 @@ def test_what_was_found_elsewhere_is_tried_again(
         (tmp_path / "kernels.json").write_text(json.dumps({"gelu_linear": [1]}), encoding="utf-8")
     _, verdict = verdict_of(config_of(*flags))
     assert verdict.reason == "second"
+
+
+def test_what_cannot_be_kept_is_said_and_an_evaluation_keeps_nothing(hopper: list[Verdict], tmp_path: Path) -> None:
+    hopper += [Verdict(True, "first"), Verdict(True, "second")]
+    (tmp_path / "file").touch()
+    found, _ = verdict_of(config_of("--save", str(tmp_path / "file")))
+    with pytest.raises(CheckpointError, match="cannot write .*kernels.json"):
+        found.record({"gelu_linear": "cublaslt"})
+    found, _ = verdict_of(config_of("--save", str(tmp_path), "--load", str(tmp_path), "--eval-only"))
+    found.record({"gelu_linear": "cublaslt"})
+    assert not (tmp_path / "kernels.json").exists()
