@@ -33,8 +33,11 @@ from megalm.checkpoint.find import named_by
 from megalm.checkpoint.identity import read_config
 from megalm.checkpoint.manifest import Manifest
 from megalm.checkpoint.optimizer_files import MASTER, MOMENTS, OptimizerFiles, read_engine_state
+from megalm.checkpoint.roll_backs import KEY as ROLL_BACKS
+from megalm.checkpoint.roll_backs import to_json
 from megalm.checkpoint.source import Source, open_checkpoint
 from megalm.checkpoint.split import check_layout, shard, write_layer_files
+from megalm.checkpoint.taking_back import read_roll_backs
 from megalm.checkpoint.tensor_files import DynamicLossScaler, FragmentAddress, LossScaler, write_tensors
 from megalm.checkpoint.universal import pipeline_name
 from megalm.errors import CheckpointError
@@ -245,8 +248,17 @@ def read_counters(source: Source) -> dict[str, int]:
 
 
 def write_descriptions(source: Source, folder: Path, manifest: Manifest, records: list[FileRecord]) -> None:
-    """Write progress and configuration as the source has them, then the manifest of everything."""
-    own = [write_text(folder / layout.TRAIN_STATE, json.dumps(source.train_state, indent=1) + "\n")]
+    """Write progress and configuration as the source has them, then the manifest of everything.
+
+    Steps ahead that the source's folder says are left out are in the progress: the copy may lie elsewhere.
+    Raises: CheckpointError if nobody can read which they are.
+    """
+    state = dict(source.train_state)
+    ahead = [entry for entry in read_roll_backs(source.folder.parent) if entry.first > manifest.step]
+    if ahead:
+        known = state.get(ROLL_BACKS) or []
+        state[ROLL_BACKS] = [*known, *(entry for entry in to_json(ahead) if entry not in known)]
+    own = [write_text(folder / layout.TRAIN_STATE, json.dumps(state, indent=1) + "\n")]
     config = source.folder / layout.CONFIG
     if config.is_file():
         own.append(write_text(folder / layout.CONFIG, config.read_text(encoding="utf-8")))

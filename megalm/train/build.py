@@ -54,7 +54,8 @@ def running(plan: Plan) -> Iterator[Run]:
         try:
             with only_saver(plan.config, topology):
                 run = build(plan, topology, watchdog=watchdog)
-                _allow_collectives(watchdog, starting=False)
+                # Ranks that have compiled wait in a collective for one that still does.
+                _allow_collectives(watchdog, starting=run.compile_watch.listens)
                 try:
                     with run.stragglers.counting():
                         yield run

@@ -38,11 +38,13 @@ class CompileWatch:
         self._num_graphs = 0
         self._seconds = 0.0
         self._started: float | None = None
+        self.listens = False
 
     def listen(self) -> None:
         """Hear of every compilation from now on."""
         import torch._dynamo
 
+        self.listens = True
         torch._dynamo.on_compile_start(self._on_start)
         torch._dynamo.on_compile_end(self._on_end)
 

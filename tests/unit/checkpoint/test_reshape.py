@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from megalm.checkpoint import layout
 from megalm.checkpoint.find import find_checkpoint
 from megalm.checkpoint.inspection import inspect_checkpoint
 from megalm.checkpoint.reshape import reshape_checkpoint
+from megalm.checkpoint.roll_backs import KEY as ROLL_BACKS
 from megalm.checkpoint.source import open_checkpoint
 from megalm.errors import CheckpointError
 from tests.support.bigscience import STEP, write_bigscience
@@ -45,6 +47,16 @@ def test_weights_alone_are_reshaped_too(tmp_path: Path) -> None:
     assert not source.optimizer().exists
     for (weight, expected), (_, actual) in zip(weights, source.layers.iterate(), strict=True):
         assert torch.equal(expected, actual), weight.name
+
+
+def test_what_is_ahead_and_left_out_goes_with_the_copy(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "run" / "global_step3", gptmeg_config(), tp_size=2)
+    behind, ahead = ({"first": first, "last": first + 4, "spike": first + 2} for first in (2, 9))
+    (tmp_path / "run" / layout.ROLL_BACKS).write_text(json.dumps([behind, ahead]), encoding="utf-8")
+    path = reshape_checkpoint(tmp_path / "run" / "global_step3", tmp_path / "new", tp_size=1, pp_size=1)
+    assert open_checkpoint(path).train_state[ROLL_BACKS] == [ahead]
+    again = reshape_checkpoint(path, tmp_path / "newer", tp_size=2, pp_size=1)
+    assert open_checkpoint(again).train_state[ROLL_BACKS] == [ahead]
 
 
 @pytest.mark.parametrize(
