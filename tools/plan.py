@@ -11,6 +11,7 @@ bf16 with fp32 masters and ZeRO-1. docs/launch.md says how predictions compare w
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -55,6 +56,10 @@ def main(arguments: list[str]) -> int:
     for name in ("num_gpus", "gpus_per_host", "top"):
         if getattr(options, name) < 1:
             raise ConfigError(f"--{name.replace('_', '-')} {getattr(options, name)} must be at least 1")
+    for name in ("network_gbits", "tokens"):
+        value = getattr(options, name)
+        if value is not None and not 0.0 < value < math.inf:
+            raise ConfigError(f"--{name.replace('_', '-')} {value:g} must be a number above 0")
     config = _config(flags)
     gpu = GPUS[options.gpu]
     if options.network_gbits is not None:

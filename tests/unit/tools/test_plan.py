@@ -44,6 +44,9 @@ def test_what_does_not_fit_is_said(capsys: pytest.CaptureFixture[str]) -> None:
         (["--config", "configs/bloom/7b1.yaml", "--zero-stage", "3"], "bf16 with ZeRO-0 or 1"),
         (["--config", "configs/bloom/7b1.yaml", "--num-gpu", "4"], "--num-gpu is not a flag"),
         (["--config", "configs/bloom/7b1.yaml", "--top", "0"], "--top 0 must be at least 1"),
+        (["--config", "configs/bloom/7b1.yaml", "--tokens", "-5"], "--tokens -5 must be a number above 0"),
+        (["--config", "configs/bloom/7b1.yaml", "--tokens", "nan"], "--tokens nan must be a number above 0"),
+        (["--config", "configs/bloom/7b1.yaml", "--network-gbits", "0"], "--network-gbits 0 must be a number above 0"),
     ],
 )
 def test_what_cannot_be_planned_is_an_answer(flags: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
