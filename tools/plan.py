@@ -118,9 +118,14 @@ def _asked_for(config: Config, num_gpus: int) -> Spreading:
     parallel, size = config.parallel, config.training.micro_batch_size
     layout = Layout.of_world(num_gpus, tp=parallel.tp, pp=parallel.pp)
     batch = config.global_batch_size(dp_size=layout.dp)
-    if batch % (layout.dp * size):
+    together = layout.dp * size
+    if batch % together:
+        below = batch // together * together
+        fitting = " or ".join(str(multiple) for multiple in (below, below + together) if multiple)
         raise ConfigError(
-            f"training.global_batch_size = {batch} is no multiple of micro_batch_size {size} * {layout.dp} replicas"
+            f"training.global_batch_size = {batch} is no multiple of micro_batch_size {size} * {layout.dp} replicas, "
+            f"the layout asked for: tp {layout.tp}, pp {layout.pp}\n"
+            f"  pass --global-batch-size {fitting}, another --micro-batch-size, or a layout with other replicas"
         )
     counts_ends = "embedding" in parallel.pipeline_partition and parallel.pp > 1
     return Spreading(layout, size, parallel.recompute, parallel.sequence_parallel and parallel.tp > 1, counts_ends)
