@@ -93,9 +93,10 @@ forward() {
     if ! $reached; then waiting=$1; fi
 }
 
-# At a terminal Ctrl-C goes to every process of the group; a session of its own leaves it to `forward`, once.
+# At a terminal Ctrl-C goes to every process of the group, wherever its input comes from; a session of its own leaves it
+# to `forward`, once.
 own_session=""
-if [ -t 0 ] && command -v setsid >/dev/null; then own_session=setsid; fi
+if { : </dev/tty; } 2>/dev/null && command -v setsid >/dev/null; then own_session=setsid; fi
 trap 'forward TERM' TERM HUP
 trap 'forward INT' INT
 trap 'forward USR1' USR1

@@ -11,6 +11,7 @@ bf16 with fp32 masters and ZeRO-1. docs/launch.md says how predictions compare w
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -55,6 +56,10 @@ def main(arguments: list[str]) -> int:
     for name in ("num_gpus", "gpus_per_host", "top"):
         if getattr(options, name) < 1:
             raise ConfigError(f"--{name.replace('_', '-')} {getattr(options, name)} must be at least 1")
+    for name in ("network_gbits", "tokens"):
+        value = getattr(options, name)
+        if value is not None and not 0.0 < value < math.inf:
+            raise ConfigError(f"--{name.replace('_', '-')} {value:g} must be a number above 0")
     config = _config(flags)
     gpu = GPUS[options.gpu]
     if options.network_gbits is not None:
@@ -113,9 +118,14 @@ def _asked_for(config: Config, num_gpus: int) -> Spreading:
     parallel, size = config.parallel, config.training.micro_batch_size
     layout = Layout.of_world(num_gpus, tp=parallel.tp, pp=parallel.pp)
     batch = config.global_batch_size(dp_size=layout.dp)
-    if batch % (layout.dp * size):
+    together = layout.dp * size
+    if batch % together:
+        below = batch // together * together
+        fitting = " or ".join(str(multiple) for multiple in (below, below + together) if multiple)
         raise ConfigError(
-            f"training.global_batch_size = {batch} is no multiple of micro_batch_size {size} * {layout.dp} replicas"
+            f"training.global_batch_size = {batch} is no multiple of micro_batch_size {size} * {layout.dp} replicas, "
+            f"the layout asked for: tp {layout.tp}, pp {layout.pp}\n"
+            f"  pass --global-batch-size {fitting}, another --micro-batch-size, or a layout with other replicas"
         )
     counts_ends = "embedding" in parallel.pipeline_partition and parallel.pp > 1
     return Spreading(layout, size, parallel.recompute, parallel.sequence_parallel and parallel.tp > 1, counts_ends)

@@ -46,6 +46,7 @@ FRACTIONS = (
     "training.lr_warmup_fraction",
 )  # fmt: skip
 WEIGHTED = ("data.train_weighted_split_paths", "data.valid_weighted_split_paths", "data.test_weighted_split_paths")
+NO_CORPUS = Failure("no corpus is given", "", "pass --data-path PREFIX, or --train-weighted-split-paths")
 
 
 def check(config: Config, *, world_size: int, device_type: str, vocab_size: int | None) -> None:
@@ -354,7 +355,7 @@ def _corpora(config: Config) -> Iterator[Failure]:
             "pass --train-weighted-split-paths",
         )
     if not data.data_path and not groups:
-        yield Failure("no corpus is given", "", "pass --data-path PREFIX, or --train-weighted-split-paths")
+        yield NO_CORPUS
     parts = re.split(r"[,/]", data.split)
     try:
         shares = [float(part) for part in parts]

@@ -117,8 +117,9 @@ def load_deepspeed_file(path: str, settings: Settings) -> None:
         with open(path, encoding="utf-8") as file:
             content = json.load(file, object_pairs_hook=_without_repetition)
     except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
         settings.failures.append(
-            Failure(f"cannot read the DeepSpeed JSON {path}: {error}", "named by --deepspeed_config")
+            Failure(f"cannot read the DeepSpeed JSON {path}: {reason}", "named by --deepspeed_config")
         )
         return
     read_deepspeed(content, path, settings)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import pty
 import shutil
 import signal
 import time
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from megalm.topology.ports import free_port
-from tests.support.launching import finish, losses, processes_of_session, program, run, script, start
+from tests.support.launching import ROOT, environment, finish, losses, processes_of_session, program, run, script, start
 from tests.support.tiny_run import write_corpus
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
@@ -117,6 +118,27 @@ def test_a_signal_before_there_are_ranks_waits_for_them(number: int, tmp_path: P
     assert ended.code == 128 + signal.SIGTERM, ended.output
     assert "a process was ended by signal TERM" in ended.output
     assert processes_of_session(process.pid) == []
+
+
+def test_ctrl_c_at_a_terminal_reaches_ranks_alone_wherever_their_input_comes_from(tmp_path: Path) -> None:
+    (tmp_path / "stops.py").write_text(
+        "import os, signal, sys, time\n"
+        "signal.signal(signal.SIGINT, lambda *_: sys.exit(75))\n"
+        f"open(os.path.join({str(tmp_path)!r}, 'rank_' + os.environ['RANK']), 'w').close()\n"
+        "time.sleep(600)\n"
+    )
+    command = [*script("deepspeed.sh", "--num_gpus", "2"), str(tmp_path / "stops.py")]
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        os.chdir(ROOT)
+        os.execvpe(command[0], command, environment())
+    for _ in range(1200):
+        if len(list(tmp_path.glob("rank_*"))) == 2:
+            break
+        time.sleep(0.1)
+    os.write(terminal, b"\x03")
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 75
 
 
 def _has_started_launcher(pid: int) -> bool:

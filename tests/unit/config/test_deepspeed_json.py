@@ -157,7 +157,7 @@ def test_a_fixed_loss_scale_beside_a_dynamic_one_of_the_json_names_the_one_to_re
 
 
 def test_file_that_is_missing_or_not_json_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="cannot read the DeepSpeed JSON"):
+    with pytest.raises(ConfigError, match=r"cannot read the DeepSpeed JSON \S+: No such file or directory\n"):
         smallest("--deepspeed_config", str(tmp_path / "absent.json"))
     (tmp_path / "broken.json").write_text("{")
     with pytest.raises(ConfigError, match="cannot read the DeepSpeed JSON"):

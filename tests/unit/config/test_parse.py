@@ -211,6 +211,7 @@ def test_paths_file_that_is_missing_is_refused(tmp_path: Path) -> None:
     absent = str(tmp_path / "absent.txt")
     message = failure_of("--train-weighted-split-paths-path", absent, without=("--data-path",))
     assert f"cannot read {absent}" in message
+    assert "no corpus is given" not in message
 
 
 def test_dry_run_and_equality_ignore_where_values_came_from() -> None:

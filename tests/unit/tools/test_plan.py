@@ -41,9 +41,14 @@ def test_what_does_not_fit_is_said(capsys: pytest.CaptureFixture[str]) -> None:
         (["--config", "configs/gptmeg/2b7.yaml"], "pass --vocab-size"),
         (["--config", "configs/bloom/7b1.yaml", "--tensor-model-parallel-size", "3"], "must divide"),
         (["--config", "configs/bloom/7b1.yaml", "--micro-batch-size", "3"], "is no multiple of"),
+        (["--config", "configs/bloom/7b1.yaml", "--micro-batch-size", "3"], "pass --global-batch-size 504 or 528,"),
+        (["--config", "configs/bloom/7b1.yaml", "--micro-batch-size", "100"], "pass --global-batch-size 800,"),
         (["--config", "configs/bloom/7b1.yaml", "--zero-stage", "3"], "bf16 with ZeRO-0 or 1"),
         (["--config", "configs/bloom/7b1.yaml", "--num-gpu", "4"], "--num-gpu is not a flag"),
         (["--config", "configs/bloom/7b1.yaml", "--top", "0"], "--top 0 must be at least 1"),
+        (["--config", "configs/bloom/7b1.yaml", "--tokens", "-5"], "--tokens -5 must be a number above 0"),
+        (["--config", "configs/bloom/7b1.yaml", "--tokens", "nan"], "--tokens nan must be a number above 0"),
+        (["--config", "configs/bloom/7b1.yaml", "--network-gbits", "0"], "--network-gbits 0 must be a number above 0"),
     ],
 )
 def test_what_cannot_be_planned_is_an_answer(flags: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
