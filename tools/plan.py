@@ -72,8 +72,11 @@ def main(arguments: list[str]) -> int:
         f"{num_parameters:,} parameters, {job.global_batch_size:,} samples of {job.seq_length:,} tokens a step, "
         f"{options.num_gpus:,} {options.gpu} in hosts of {per_host}\n\n{HEAD}"
     )
-    asked = plan_of(job, mine, gpu, gpus_per_host=per_host)
-    print(f"{_line(job, asked, gpu)}  as asked{'' if asked.fits(gpu) else ': DOES NOT FIT'}")
+    if mine.num_micro_batches(job) * mine.layout.dp * mine.micro_batch_size == job.global_batch_size:
+        asked = plan_of(job, mine, gpu, gpus_per_host=per_host)
+        print(f"{_line(job, asked, gpu)}  as asked{'' if asked.fits(gpu) else ': DOES NOT FIT'}")
+    else:
+        print(f"  as asked, tp {mine.layout.tp} x pp {mine.layout.pp}: {_misfit(job, mine)}")
     found = plans(job, gpu, num_gpus=options.num_gpus, gpus_per_host=per_host)
     for plan in found[: options.top]:
         print(_line(job, plan, gpu))
@@ -114,21 +117,19 @@ def _unasked(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _asked_for(config: Config, num_gpus: int) -> Spreading:
-    """Raises: TopologyError or ConfigError if the flags' layout is none of so many GPUs."""
+    """Raises: TopologyError if the flags' layout is none of so many GPUs."""
     parallel, size = config.parallel, config.training.micro_batch_size
     layout = Layout.of_world(num_gpus, tp=parallel.tp, pp=parallel.pp)
-    batch = config.global_batch_size(dp_size=layout.dp)
-    together = layout.dp * size
-    if batch % together:
-        below = batch // together * together
-        fitting = " or ".join(str(multiple) for multiple in (below, below + together) if multiple)
-        raise ConfigError(
-            f"training.global_batch_size = {batch} is no multiple of micro_batch_size {size} * {layout.dp} replicas, "
-            f"the layout asked for: tp {layout.tp}, pp {layout.pp}\n"
-            f"  pass --global-batch-size {fitting}, another --micro-batch-size, or a layout with other replicas"
-        )
     counts_ends = "embedding" in parallel.pipeline_partition and parallel.pp > 1
     return Spreading(layout, size, parallel.recompute, parallel.sequence_parallel and parallel.tp > 1, counts_ends)
+
+
+def _misfit(job: Job, spreading: Spreading) -> str:
+    size, replicas = spreading.micro_batch_size, spreading.layout.dp
+    together, batch = size * replicas, job.global_batch_size
+    below = batch // together * together
+    fitting = " or ".join(str(multiple) for multiple in (below, below + together) if multiple)
+    return f"{batch} samples are no multiple of micro-batch {size} * {replicas} replicas, {fitting} would be"
 
 
 def _line(job: Job, plan: Plan, gpu: Gpu) -> str:

@@ -41,17 +41,22 @@ def take_back(folder: Path, tip: Tip, wanted: RollBack) -> tuple[Path, RollBack]
     Raises: CheckpointError if the folder cannot be written.
     """
     with writing_to(folder):
-        own = [(_step(path), path) for path in own_checkpoints(tip, published_checkpoints(folder))]
-        before = [entry for entry in own if entry[0] < wanted.first]
-        before = before or [entry for entry in own if entry[0] < wanted.spike]
-        if not before:
+        path = newest_before(folder, tip, wanted)
+        if path is None:
             return None
-        step, path = before[0]
-        decided = RollBack(max(wanted.first, step + 1), wanted.last, wanted.spike)
+        decided = RollBack(max(wanted.first, _step(path) + 1), wanted.last, wanted.spike)
         known = read_roll_backs(folder)
         replace_text(folder / layout.LATEST, path.name)
         replace_text(folder / layout.ROLL_BACKS, json.dumps(to_json([*known, decided]), indent=1) + "\n")
     return path, decided
+
+
+def newest_before(folder: Path, tip: Tip, wanted: RollBack) -> Path | None:
+    """The newest checkpoint of the run of `tip` from before the steps that `wanted` leaves out, or else from before its
+    spike."""
+    own = own_checkpoints(tip, published_checkpoints(folder))
+    before = [path for path in own if _step(path) < wanted.first]
+    return next(iter(before or [path for path in own if _step(path) < wanted.spike]), None)
 
 
 def set_aside_roll_backs(folder: Path) -> Path | None:

@@ -14,8 +14,9 @@ from megalm.topology.layout import Layout
 
 USABLE = 0.92
 """Of a GPU's memory: the rest is the driver's, the libraries' and lost between tensors."""
-MICRO_BATCHES = (32, 16, 8, 4, 2, 1)
-"""The largest first: of equals it has fewest kernels to start."""
+MICRO_BATCHES = (1, 2, 4, 8, 16, 32)
+NOTABLE = 0.995
+"""Of two micro-batches or recomputations, the one that takes more memory must take less than this share of the time."""
 RECOMPUTES = ("none", "activation", "full")
 
 
@@ -41,11 +42,12 @@ def plan_of(job: Job, spreading: Spreading, gpu: Gpu, *, gpus_per_host: int) -> 
 def plans(job: Job, gpu: Gpu, *, num_gpus: int, gpus_per_host: int) -> list[Plan]:
     """What fits, the fastest first; for each layout the best of its micro-batches and recomputations."""
     best: dict[Layout, Plan] = {}
-    for spreading in _spreadings(job, num_gpus=num_gpus, gpus_per_host=gpus_per_host):
-        found = plan_of(job, spreading, gpu, gpus_per_host=gpus_per_host)
-        known = best.get(spreading.layout)
-        if found.fits(gpu) and (known is None or found.parts.total < known.parts.total):
-            best[spreading.layout] = found
+    ways = _spreadings(job, num_gpus=num_gpus, gpus_per_host=gpus_per_host)
+    every = (plan_of(job, way, gpu, gpus_per_host=gpus_per_host) for way in ways)
+    for found in sorted((plan for plan in every if plan.fits(gpu)), key=lambda plan: plan.most_bytes):
+        known = best.get(found.spreading.layout)
+        if known is None or found.parts.total < NOTABLE * known.parts.total:
+            best[found.spreading.layout] = found
     return sorted(best.values(), key=lambda found: found.parts.total)
 
 

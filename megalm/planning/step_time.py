@@ -78,6 +78,8 @@ def step_parts(
     products = (3.0 + again) * _block_products(job, tokens, tp, gpu)
     attention = _attention(job, tokens, tp, gpu, kernels, again)
     between = (3.0 + again) * _between(job, tokens, spreading, gpu, kernels)
+    if spreading.recompute == "activation":
+        between += tokens * _split_bytes(job, kernels) / tp / gpu.copy_rate
     tensor = (4.0 + 2.0 * again) * _all_reduce(2.0 * tokens * h, tp, gpu.link_rate)
     block = products + attention + between + tensor
     head = 3.0 * _product(gpu, tokens, h, job.model.padded_vocab_size / tp)
@@ -131,9 +133,14 @@ def _attention(job: Job, tokens: int, tp: int, gpu: Gpu, kernels: Kernels, again
 def _between(job: Job, tokens: int, spreading: Spreading, gpu: Gpu, kernels: Kernels) -> float:
     tp = spreading.layout.tp
     stream = kernels.stream_bytes * job.model.hidden_size / (tp if spreading.sequence_parallel else 1)
-    split = kernels.split_bytes * job.model.ffn_size * (job.num_mlp_matrices - 1)
+    split = _split_bytes(job, kernels)
     scores = kernels.score_bytes * job.model.num_heads * job.seq_length
     return tokens * (stream + (split + scores) / tp) / gpu.copy_rate
+
+
+def _split_bytes(job: Job, kernels: Kernels) -> float:
+    """Of the activation, forward."""
+    return kernels.split_bytes * job.model.ffn_size * (job.num_mlp_matrices - 1)
 
 
 def _all_reduce(num_bytes: float, size: int, rate: float) -> float:

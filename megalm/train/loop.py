@@ -157,6 +157,10 @@ def skip(run: Run) -> bool:
     run.console.info(f"left out steps {first} to {state.step}; {state.consumed_samples} samples consumed")
     if run.is_complete:  # No step comes after which the validation set would be evaluated a last time.
         evaluate(run, run.validation)
+        if any(first <= roll_back.last for roll_back in run.saver.roll_backs):
+            run.console.warning(
+                "the last steps of the run were left out; a smaller --loss-spike-margin leaves out fewer"
+            )
     return True
 
 
@@ -271,10 +275,12 @@ def go_back_if_loss_rose(run: Run, metrics: StepMetrics) -> None:
     )
     number = in_a_row(run.saver.roll_backs, spike.first, within=window)
     if number >= training.max_roll_backs:
+        before = run.saver.newest_before(run.state, wanted)
+        way = f"--load {before}" if before is not None else f"a checkpoint of before step {spike.first}"
+        after = f"it rose after {number} roll-backs in a row: what comes again is not of the data; " if number else ""
         raise DivergedError(
-            f"{rose}\n  it rose after {number} roll-backs in a row, and --max-roll-backs is {training.max_roll_backs}: "
-            "what comes again is not of the data\n"
-            f"  go on from a checkpoint of before step {spike.first} with a lower --lr, or with more --max-roll-backs"
+            f"{rose}\n  {after}--max-roll-backs {training.max_roll_backs} ends the run\n"
+            f"  go on from before, {way}, with a lower --lr or more --max-roll-backs"
         )
     run.watchdog.at("going back", metrics.step)
     found = run.saver.take_back(run.state, wanted)

@@ -19,7 +19,7 @@ from megalm.checkpoint.load import load_checkpoint
 from megalm.checkpoint.roll_backs import KEY as ROLL_BACKS
 from megalm.checkpoint.roll_backs import SPIKE_WATCH, RollBack, to_json
 from megalm.checkpoint.save import SaveReport, save_checkpoint
-from megalm.checkpoint.taking_back import take_back
+from megalm.checkpoint.taking_back import newest_before, take_back
 from megalm.config.compare import Difference
 from megalm.config.output import OutputConfig
 from megalm.config.root import Config
@@ -127,6 +127,12 @@ class Saver:
         folder = self.config.output.save
         assert folder is not None, "the watch needs --save"
         return self._of_first(partial(take_back, Path(folder), Tip(state.step, self.lineage), wanted))
+
+    def newest_before(self, state: TrainState, wanted: RollBack) -> Path | None:
+        """The checkpoint that `take_back` would go back to."""
+        folder = self.config.output.save
+        assert folder is not None, "the watch needs --save"
+        return self._of_first(partial(newest_before, Path(folder), Tip(state.step, self.lineage), wanted))
 
     def _write(self, state: TrainState) -> None:
         output = self.config.output

@@ -37,3 +37,9 @@ def test_a_batch_that_replicas_cannot_share_is_left_out() -> None:
     model = ModelConfig(num_layers=4, hidden_size=512, num_heads=8, pad_vocab_size_to=1024)
     found = plans(Job(model, 512, 6), A100, num_gpus=4, gpus_per_host=4)
     assert {plan.spreading.layout.dp for plan in found} == {1, 2}
+
+
+def test_of_two_that_take_as_long_the_one_with_less_memory_is_found() -> None:
+    model = ModelConfig(num_layers=24, hidden_size=2048, num_heads=16, pad_vocab_size_to=250_880)
+    (plan,) = plans(Job(model, 2048, 64), GPUS["h100"], num_gpus=1, gpus_per_host=1)
+    assert (plan.spreading.micro_batch_size, plan.spreading.recompute) == (1, "none")

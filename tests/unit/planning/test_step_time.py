@@ -87,3 +87,4 @@ def test_what_parallelism_costs_appears_where_it_is() -> None:
     assert parts(1, 2, 1)["bubble"] > parts(1, 2, 1)["sends"] > 0.0
     assert parts(1, 1, 2)["replicas"] > 0.0
     assert parts(1, 1, 1, recompute="full")["products"] == pytest.approx(4 / 3 * alone["products"])
+    assert alone["between"] < parts(1, 1, 1, recompute="activation")["between"] < 4 / 3 * alone["between"]

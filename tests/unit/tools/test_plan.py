@@ -40,9 +40,6 @@ def test_what_does_not_fit_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     [
         (["--config", "configs/gptmeg/2b7.yaml"], "pass --vocab-size"),
         (["--config", "configs/bloom/7b1.yaml", "--tensor-model-parallel-size", "3"], "must divide"),
-        (["--config", "configs/bloom/7b1.yaml", "--micro-batch-size", "3"], "is no multiple of"),
-        (["--config", "configs/bloom/7b1.yaml", "--micro-batch-size", "3"], "pass --global-batch-size 504 or 528,"),
-        (["--config", "configs/bloom/7b1.yaml", "--micro-batch-size", "100"], "pass --global-batch-size 800,"),
         (["--config", "configs/bloom/7b1.yaml", "--zero-stage", "3"], "bf16 with ZeRO-0 or 1"),
         (["--config", "configs/bloom/7b1.yaml", "--num-gpu", "4"], "--num-gpu is not a flag"),
         (["--config", "configs/bloom/7b1.yaml", "--top", "0"], "--top 0 must be at least 1"),
@@ -54,3 +51,15 @@ def test_what_does_not_fit_is_said(capsys: pytest.CaptureFixture[str]) -> None:
 def test_what_cannot_be_planned_is_an_answer(flags: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--num-gpus", "8", *flags]) == 2
     assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("size, fitting", [(3, "504 or 528"), (100, "800")])
+def test_a_batch_that_the_layout_asked_for_cannot_share_out_is_planned_for_others(
+    size: int, fitting: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--config", "configs/bloom/7b1.yaml", "--micro-batch-size", str(size)]
+    assert main(["--num-gpus", "8", *flags]) == 0
+    said = capsys.readouterr().out.splitlines()
+    wanted = f"512 samples are no multiple of micro-batch {size} * 8 replicas, {fitting} would be"
+    assert said[3] == f"  as asked, tp 1 x pp 1: {wanted}"
+    assert said[4].split()[0].isdigit()
