@@ -7,6 +7,8 @@ for everything else, since everything else is a defect of megalm.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 class MegalmError(Exception):
     """Something the user can put right. The message says how."""
@@ -75,3 +77,9 @@ class CheckpointError(MegalmError):
     """A checkpoint that is missing, incomplete, damaged or made for another model."""
 
     exit_code = 5
+
+
+def listed(things: Sequence[object], most: int = 16) -> str:
+    """Things in a message: the first so many, and how many more there are."""
+    more = f" and {len(things) - most} more" if len(things) > most else ""
+    return ", ".join(map(str, things[:most])) + more

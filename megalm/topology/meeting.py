@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any, NoReturn
 
-from megalm.errors import HangError, TopologyError
+from megalm.errors import HangError, TopologyError, listed
 from megalm.topology.board import StoreBoard
 
 SECONDS_BEFORE_WARNING = 60.0
@@ -118,20 +118,17 @@ class Meeting:
     def _absence(self, store: Any, missing: list[int], limit_seconds: float) -> str:
         there = sorted(set(range(self._world_size)) - set(missing))
         hosts = Counter(store.get(f"here/{rank}").decode() for rank in there)
-        shown = ", ".join(f"{count} on {host}" for host, count in list(hosts.items())[:16])
-        more = f" and {len(hosts) - 16} more hosts" if len(hosts) > 16 else ""
+        shown = listed([f"{count} on {host}" for host, count in hosts.items()])
         return (
-            f"{self._named(missing)} not come within {limit_seconds / 60.0:.3g} minutes; here are {shown}{more}\n"
+            f"{self._named(missing)} not come within {limit_seconds / 60.0:.3g} minutes; here are {shown}\n"
             f"  they meet at {self._host}:{self._port}, MASTER_ADDR and MASTER_PORT set by the launcher\n"
             "  see on the hosts of those that are missing whether they were started, still import from a disk that "
             "hangs, or cannot reach that address; then start the run again"
         )
 
     def _named(self, ranks: list[int]) -> str:
-        shown = ", ".join(map(str, ranks[:16])) + (f" and {len(ranks) - 16} more" if len(ranks) > 16 else "")
-        return (
-            f"rank{'s' if len(ranks) > 1 else ''} {shown} of {self._world_size} {'have' if len(ranks) > 1 else 'has'}"
-        )
+        many = len(ranks) > 1
+        return f"rank{'s' if many else ''} {listed(ranks)} of {self._world_size} {'have' if many else 'has'}"
 
     def _find_nobody(self, limit_seconds: float, cause: Exception) -> NoReturn:
         error = HangError(

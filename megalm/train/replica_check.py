@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from megalm.checkpoint import layout
 from megalm.checkpoint.restore import named_parameters
 from megalm.config.root import Config
-from megalm.errors import ReplicaError
+from megalm.errors import ReplicaError, listed
 from megalm.parallel.replicas import Drift, copies_of, find_drift
 from megalm.topology.agree import exchange
 from megalm.topology.group import Group
@@ -25,7 +25,6 @@ from megalm.topology.topology import Topology
 TIED = "word_embeddings.weight"
 MOST_LINES = 16
 MOST_NAMES = 8
-MOST_RANKS = 16
 
 
 class ReplicaCheck:
@@ -77,7 +76,7 @@ class ReplicaCheck:
             f"step {step}; --check-replicas-interval {self._interval} ends the run"
         )
         lines = [
-            f"  over {drift.axis}, {_who(drift, hosts)}: {_first(drift.names, MOST_NAMES)}"
+            f"  over {drift.axis}, {_who(drift, hosts)}: {listed(drift.names, MOST_NAMES)}"
             for drift in drifts[:MOST_LINES]
         ]
         if len(drifts) > MOST_LINES:
@@ -113,8 +112,4 @@ def _who(drift: Drift, hosts: Sequence[str]) -> str:
 
 
 def _ranks(ranks: Sequence[int], hosts: Sequence[str]) -> str:
-    return _first([f"rank {rank} ({hosts[rank]})" for rank in ranks], MOST_RANKS)
-
-
-def _first(words: Sequence[str], most: int) -> str:
-    return ", ".join(words[:most]) + (f" and {len(words) - most} more" if len(words) > most else "")
+    return listed([f"rank {rank} ({hosts[rank]})" for rank in ranks])

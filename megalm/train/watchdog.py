@@ -23,7 +23,7 @@ from typing import NamedTuple, TypeVar
 import torch
 
 from megalm.config.root import Config
-from megalm.errors import HangError
+from megalm.errors import HangError, listed
 from megalm.telemetry.console import PREFIX
 from megalm.topology.board import Board
 from megalm.topology.start import Launch
@@ -336,5 +336,4 @@ def _hold_interpreter(seconds: int) -> None:
 
 
 def _ranks(ranks: Sequence[int]) -> str:
-    shown = ", ".join(map(str, ranks[:16])) + (f" and {len(ranks) - 16} more" if len(ranks) > 16 else "")
-    return f"rank{'s' if len(ranks) > 1 else ''} {shown}"
+    return f"rank{'s' if len(ranks) > 1 else ''} {listed(ranks)}"
