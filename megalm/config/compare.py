@@ -21,8 +21,8 @@ ORDER_PATHS = (
     "training.seed", "training.train_iters", "training.train_samples", "training.global_batch_size",
     "training.micro_batch_size", "training.rampup_batch_size",
 )  # fmt: skip
-OF_ONE_START = ("output.load",)
-"""What differs whenever a run goes on."""
+OF_ONE_START = ("output.load", "training.eval_only")
+"""What says how one start goes on, and nothing of the run."""
 DERIVED_PATHS = ("model.ffn_hidden_size", "model.max_position_embeddings", "model.pad_vocab_size_to")
 
 

@@ -6,6 +6,8 @@ from tests.unit.config.arguments import smallest
 
 def test_equal_configurations_differ_in_nothing() -> None:
     assert differences(smallest(), smallest()) == []
+    assert differences(smallest(), smallest("--load", "checkpoints", "--eval-only", "--split", "9,1,0")) != []
+    assert differences(smallest(), smallest("--load", "checkpoints", "--eval-only")) == []
 
 
 def test_shape_changes_the_model_and_learning_rate_does_not() -> None:
