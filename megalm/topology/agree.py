@@ -45,3 +45,21 @@ def together(topology: Topology, action: Callable[[], Result]) -> Result:
     if failure is not None:
         raise failure
     return result  # type: ignore[return-value]  # no failure anywhere: result is this rank's
+
+
+def of_first(topology: Topology, action: Callable[[], Result]) -> Result:
+    """What `action` gives on the first rank, which alone runs it; on every rank. It must not communicate.
+
+    Communicates: one gather of an object over the world.
+    Raises: the MegalmError of the first rank, on all; other exceptions pass as they are, being defects.
+    """
+    found: tuple[Result | None, MegalmError | None] = (None, None)
+    if topology.world.is_first:
+        try:
+            found = (action(), None)
+        except MegalmError as error:
+            found = (None, error)
+    result, failure = exchange(found, topology.world)[0]
+    if failure is not None:
+        raise failure
+    return result  # type: ignore[return-value]  # no failure: it is what the action gave

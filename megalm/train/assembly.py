@@ -20,7 +20,7 @@ from megalm.models.gpt.build import build_model, build_pipeline, choose_kernels,
 from megalm.models.gpt.weights import FIRST_BLOCK_LAYER
 from megalm.parallel.random import RngStreams
 from megalm.telemetry.console import Console
-from megalm.topology.agree import together
+from megalm.topology.agree import of_first
 from megalm.topology.start import device_type
 from megalm.topology.topology import Topology
 from megalm.train.contests import Contests
@@ -54,7 +54,7 @@ def assemble_module(plan: Plan, topology: Topology, streams: RngStreams, console
         topology=topology,
         console=console,
     )
-    together(topology, partial(contests.record, names) if topology.world.is_first else lambda: None)
+    of_first(topology, partial(contests.record, names))
     model_plan = plan_gpt(
         config.model,
         seq_length=config.data.seq_length,
@@ -174,5 +174,5 @@ def _choose_update_kernels(config: Config, topology: Topology, console: Console)
     requested = {"gradient_sum": "auto", "adamw": config.output.adamw}
     contests = Contests(config, topology.device, dtype=TORCH_DTYPES[config.training.dtype])
     kernels, names = choose_on_all_ranks(requested, choose_them, topology=topology, console=console)
-    together(topology, partial(contests.record, names) if topology.world.is_first else lambda: None)
+    of_first(topology, partial(contests.record, names))
     return kernels

@@ -19,7 +19,7 @@ from megalm.config.compare import Difference, differences
 from megalm.config.root import Config
 from megalm.data.folder_lock import folder_lock
 from megalm.errors import CheckpointError, ConfigError
-from megalm.topology.agree import together
+from megalm.topology.agree import of_first
 from megalm.topology.topology import Topology
 
 LOCK = ".run.lock"
@@ -92,7 +92,7 @@ def only_saver(config: Config, topology: Topology) -> Iterator[None]:
                         "  wait for its end, or give another --save"
                     )
 
-        together(topology, hold if topology.world.is_first else lambda: None)
+        of_first(topology, hold)
         yield
 
 

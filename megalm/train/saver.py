@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TypeVar, cast
 
 from megalm.checkpoint.background import BackgroundSaver
 from megalm.checkpoint.find import Verification, find_checkpoint
@@ -26,7 +25,7 @@ from megalm.config.root import Config
 from megalm.errors import CheckpointError, ConfigError
 from megalm.parallel.random import RngStreams
 from megalm.telemetry.console import Console
-from megalm.topology.agree import exchange, together
+from megalm.topology.agree import exchange, of_first, together
 from megalm.topology.topology import Topology
 from megalm.train.continuing import (
     Onward,
@@ -41,8 +40,6 @@ from megalm.train.continuing import (
 from megalm.train.engine import Engine
 from megalm.train.spikes import SpikeWatch
 from megalm.train.state import TrainState
-
-Result = TypeVar("Result")
 
 SAMPLE_ORDER = "sample_order"
 """Key of train_state.json."""
@@ -126,13 +123,13 @@ class Saver:
         """
         folder = self.config.output.save
         assert folder is not None, "the watch needs --save"
-        return self._of_first(partial(take_back, Path(folder), Tip(state.step, self.lineage), wanted))
+        return of_first(self.topology, partial(take_back, Path(folder), Tip(state.step, self.lineage), wanted))
 
     def newest_before(self, state: TrainState, wanted: RollBack) -> Path | None:
         """The checkpoint that `take_back` would go back to."""
         folder = self.config.output.save
         assert folder is not None, "the watch needs --save"
-        return self._of_first(partial(newest_before, Path(folder), Tip(state.step, self.lineage), wanted))
+        return of_first(self.topology, partial(newest_before, Path(folder), Tip(state.step, self.lineage), wanted))
 
     def _write(self, state: TrainState) -> None:
         output = self.config.output
@@ -262,30 +259,24 @@ class Saver:
     def _leave_out(self, path: Path | None, stored: object, *, step: int) -> None:
         """Warn of steps that are left out because the run was taken back.
 
-        Communicates: four all-gathers of small objects over the world.
+        Communicates: two all-gathers of small objects over the world.
         Raises: CheckpointError, as `roll_backs` and `forget_roll_backs` do.
         """
         self._forget_roll_backs(path)
-        self.roll_backs = self._of_first(
-            partial(roll_backs, self.config, path, stored=stored, step=step, warn=self.console.warning)
+        self.roll_backs = of_first(
+            self.topology, partial(roll_backs, self.config, path, stored=stored, step=step, warn=self.console.warning)
         )
         for roll_back in self.roll_backs:
             if roll_back.last > step:
                 self.console.warning(f"left out are {roll_back}")
 
     def _forget_roll_backs(self, loaded: Path | None) -> None:
-        aside = self._of_first(partial(forget_roll_backs, self.config, loaded))
+        aside = of_first(self.topology, partial(forget_roll_backs, self.config, loaded))
         if aside is not None:
             self.console.warning(
                 f"{self.config.output.save} says what another run left out, which has no checkpoints there: that is in "
                 f"{aside.name} now"
             )
-
-    def _of_first(self, action: Callable[[], Result]) -> Result:
-        """What the first rank gets, or the error that it gets, on every rank."""
-        world = self.topology.world
-        found = exchange(together(self.topology, action if world.is_first else lambda: None), world)[0]
-        return cast(Result, found)
 
     def _go_on(self, path: Path | None, tip: Tip) -> None:
         """Warn of checkpoints that lie ahead: this run was taken back, or what was newest is damaged.
