@@ -45,6 +45,13 @@ NOOPS = (
             "remove it, or --eod-mask-loss",
         ),
     ),
+    noop(
+        "--kv-channels",
+        "A head's size is hidden_size / num_heads.",
+        arity="1",
+        equals="model.head_size",
+        remedy="remove it; no other size of heads can be had",
+    ),
     noop("--cross-entropy-loss-fusion", "There is one result for every kernel; output.head names the kernel."),
     noop(
         "--cross-entropy-fusion-impl",

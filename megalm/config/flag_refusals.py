@@ -70,7 +70,6 @@ REFUSALS = (
     refused("--group-query-attention", "every head has its own keys and values", SHAPE),
     refused("--num-query-groups", "every head has its own keys and values", SHAPE),
     refused("--num-key-value-heads", "every head has its own keys and values", SHAPE),
-    refused("--kv-channels", "d = hidden_size / num_heads", "remove it; no other d can be had"),
     refused(
         "--use-rotary-position-embeddings",
         "positions are alibi or learned",

@@ -35,6 +35,7 @@ class Flag:
     words: Mapping[str, Any] = field(default_factory=dict, hash=False)
     allowed: tuple[str, ...] = ()
     unless: Unless | None = None
+    equals: str = ""
     note: str = ""
     remedy: str = ""
 
@@ -77,9 +78,13 @@ def noop(
     allowed: Sequence[str] = (),
     remedy: str = "",
     unless: Unless | None = None,
+    equals: str = "",
 ) -> Flag:
-    """A flag whose effect is there without it. With `allowed`, only for these words; others are refused."""
-    return Flag(name, "noop", arity, allowed=tuple(allowed), unless=unless, note=note, remedy=remedy)
+    """A flag whose effect is there without it.
+
+    With `allowed`, for these words alone; with `equals`, for the number at this path of the Config alone.
+    """
+    return Flag(name, "noop", arity, allowed=tuple(allowed), unless=unless, equals=equals, note=note, remedy=remedy)
 
 
 def refused(name: str, note: str, remedy: str) -> Flag:

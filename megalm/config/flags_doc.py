@@ -92,6 +92,8 @@ def _default(info: OptionInfo) -> str:
 def _noop(flag: Flag) -> tuple[str, str, str]:
     values = " or ".join(f"`{word}`" for word in flag.allowed)
     note = flag.note + (f" Other values are refused: {flag.remedy}." if flag.allowed else "")
+    if flag.equals:
+        note += f" Other values are refused: {flag.remedy}."
     if flag.unless:
         note += f" Refused where `{flag.unless.path}` is `{flag.unless.value}`: {flag.unless.note}."
     return f"`{flag.name}`", values, note

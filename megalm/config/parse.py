@@ -16,6 +16,7 @@ from megalm.config.values import EXPECTED, from_text
 
 OVERRIDE = re.compile(r"(?P<path>(?P<section>[a-z]+)\.(?P<name>\w+))=(?P<value>.*)", re.DOTALL)
 PATHS_PATH = re.compile(r"--(?P<split>train|valid|test)-weighted-split-paths-path")
+INSTEAD_OF_A_CORPUS = ("--mock-data",)
 # The steps that `--train-tokens T` asks for can be told only where the sample length is known.
 IN_TOKENS = {
     "--train-tokens": "--train-samples",
@@ -83,8 +84,9 @@ def parse_command_line(
     failures = [*settings.failures, *missing]
     if not missing:
         config = settings.build(dry_run=any(one.flag.name == "--dry-run" for one in given))
-        in_a_file = any(PATHS_PATH.fullmatch(one.flag.name) for one in given)  # Which cannot be read, and says so.
-        failures += [failure for failure in static_failures(config) if not (in_a_file and failure == NO_CORPUS)]
+        answered = any(PATHS_PATH.fullmatch(one.flag.name) or one.flag.name in INSTEAD_OF_A_CORPUS for one in given)
+        failures += [failure for failure in static_failures(config) if not (answered and failure == NO_CORPUS)]
+        failures += [failure for one in given if one.flag.equals for failure in _unequal(one, config)]
         raise_if_any(failures)
         return config
     raise_if_any(failures)
@@ -214,6 +216,17 @@ def _refused(flags: Sequence[str], note: str, remedy: str) -> Failure:
     distinct = list(dict.fromkeys(flags))
     several = remedy.replace("remove it", "remove them", 1) if len(distinct) > 1 else remedy
     return Failure(f"{', '.join(distinct)}: {note}", "", several)
+
+
+def _unequal(one: Given, config: Config) -> Iterator[Failure]:
+    """A failure if a flag that asks for what is so anyway asks for another number."""
+    section, name = one.flag.equals.split(".")
+    try:
+        value = getattr(getattr(config, section), name)
+    except ZeroDivisionError:  # By what is a failure of its own.
+        return
+    if one.words != (str(value),):
+        yield Failure(f"{one.flag.name} {' '.join(one.words)}: {one.flag.equals} is {value}", "", one.flag.remedy)
 
 
 def _apply_text(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -192,6 +192,12 @@ def roll_backs(
             )
         warn(f"{said}\n  --load {folder} refuses what is trained on them until {folder / ROLL_BACKS} has them no more")
     return (*own, *(entry for entry in others if entry not in trained))
+
+
+def left_out_ahead(config: Config, known: Sequence[RollBack], *, step: int) -> list[str]:
+    """A line for each stretch of steps after `step` that the run leaves out; none where it trains on nothing."""
+    ahead = () if config.training.eval_only else known
+    return [f"left out are {roll_back}" for roll_back in ahead if roll_back.last > step]
 
 
 def forget_roll_backs(config: Config, loaded: Path | None) -> Path | None:

@@ -20,7 +20,7 @@ from megalm.errors import CheckpointError
 from megalm.models.flops import flops_per_token, parameter_count
 from megalm.tokenizers.protocol import Tokenizer
 from megalm.train.assembly import stages
-from megalm.train.continuing import check_save_folder, compare, onward, or_afresh, roll_backs
+from megalm.train.continuing import check_save_folder, compare, left_out_ahead, onward, or_afresh, roll_backs
 from megalm.train.engine import check_deepspeed_keys
 from megalm.train.prepare import Plan
 from megalm.train.schedule import BatchSize
@@ -87,7 +87,7 @@ def _checkpoint(config: Config, folder: Path, *, dp_size: int) -> str:
         said += [f"another attempt begins at step {step + 1}"] if going.begins else []
         stored = read_train_state(path).get(ROLL_BACKS) if (path / layout.TRAIN_STATE).is_file() else None
         known = roll_backs(config, path, stored=stored, step=step, warn=said.append)
-        said += [f"left out are {roll_back}" for roll_back in known if roll_back.last > step]
+        said += left_out_ahead(config, known, step=step)
     return "; ".join([f"{path}, whose hashes are verified when it is loaded", *said])
 
 

@@ -32,6 +32,7 @@ from megalm.train.continuing import (
     check_save_folder,
     compare,
     forget_roll_backs,
+    left_out_ahead,
     lies_in,
     onward,
     or_afresh,
@@ -266,9 +267,8 @@ class Saver:
         self.roll_backs = of_first(
             self.topology, partial(roll_backs, self.config, path, stored=stored, step=step, warn=self.console.warning)
         )
-        for roll_back in self.roll_backs:
-            if roll_back.last > step:
-                self.console.warning(f"left out are {roll_back}")
+        for line in left_out_ahead(self.config, self.roll_backs, step=step):
+            self.console.warning(line)
 
     def _forget_roll_backs(self, loaded: Path | None) -> None:
         aside = of_first(self.topology, partial(forget_roll_backs, self.config, loaded))

@@ -75,6 +75,7 @@ def test_flags_of_one_family_are_one_failure() -> None:
         "--cpu-offloading-num-layers 0 --num-virtual-stages-per-pipeline-rank 1 --no-mmap-bin-files",
         "--num-distributed-optimizer-instances 1 --exit-signal SIGTERM --verify-integrity",
         "--no-align-grad-reduce --disable-align-grad-reduce --no-clone-scatter-output-in-embedding --torch_adam",
+        f"--kv-channels {smallest().model.head_size}",
         "--num-dataset-builder-threads 8 --disable-gloo-process-groups --softmax-type vanilla",
     ],
 )
@@ -118,6 +119,8 @@ def test_sizes_of_an_encoder_are_the_models() -> None:
         ("--rerun-mode validate_results", "pass disabled"),
         ("--weight-decay-incr-style linear", "pass --weight-decay alone"),
         ("--calculate-per-token-loss --eod-mask-loss", "remove it, or --eod-mask-loss"),
+        ("--kv-channels 7", "model.head_size is 16"),
+        ("--kv-channels 7 --num-attention-heads 0", "model.num_heads = 0"),
         ("--main-grads-dtype fp32 --fp16", "pass --bf16"),
         ("--fp8-recipe delayed", "pass tensorwise"),
         ("--fp8-amax-history-len 1024", "pass --fp8-format hybrid or e4m3 alone"),
@@ -140,3 +143,9 @@ def test_sizes_of_an_encoder_are_the_models() -> None:
 )
 def test_what_would_change_a_run_is_refused_with_a_remedy(words: str, remedy: str) -> None:
     assert remedy in failure_of(*words.split())
+
+
+def test_made_up_data_is_refused_for_one_reason() -> None:
+    said = failure_of("--mock-data", without=("--data-path",))
+    assert "tools/preprocess_data.py" in said
+    assert "no corpus is given" not in said

@@ -10,9 +10,10 @@ from megalm.checkpoint import layout
 from megalm.checkpoint.identity import as_given
 from megalm.checkpoint.lineage import Lineage, Tip
 from megalm.checkpoint.manifest import Manifest
+from megalm.checkpoint.roll_backs import RollBack
 from megalm.config.yaml_file import config_to_yaml
 from megalm.errors import CheckpointError
-from megalm.train.continuing import Onward, check_save_folder, compare, onward
+from megalm.train.continuing import Onward, check_save_folder, compare, left_out_ahead, onward
 from tests.unit.checkpoint.test_lineage import AGAIN, saved
 from tests.unit.config.arguments import smallest
 
@@ -161,3 +162,10 @@ def test_a_batch_that_follows_the_replicas_is_told_when_it_changes(
     assert len(lines) == len(found) == len(told)
     for line, wanted in zip(lines, told, strict=True):
         assert line.startswith(f"changed since global_step10: {wanted}")
+
+
+def test_steps_ahead_that_are_left_out_are_told_where_the_run_trains() -> None:
+    known = (RollBack(first=3, last=5, spike=4), RollBack(first=11, last=12, spike=11))
+    assert left_out_ahead(smallest(), known, step=5) == ["left out are steps 11 to 12, as the loss rose at step 11"]
+    assert len(left_out_ahead(smallest(), known, step=4)) == 2
+    assert left_out_ahead(smallest("--load", "run", "--eval-only"), known, step=0) == []
