@@ -11,6 +11,7 @@ To follow one batch to the loss: `running` (megalm/train/build.py) makes the ite
 from __future__ import annotations
 
 import sys
+import traceback
 
 from megalm.config.parse import HelpRequested, parse_command_line  # neither torch nor DeepSpeed: --help answers at once
 from megalm.errors import MegalmError
@@ -47,4 +48,7 @@ if __name__ == "__main__":
         exit_code = report_failure(error)
     except KeyboardInterrupt:  # while starting or evaluating alone; training finishes its step, saves and stops
         exit_code = report_interruption()
+    except Exception:  # a defect; the interpreter's own end may wait for ranks that wait for this one
+        traceback.print_exc()
+        exit_code = 1
     leave(exit_code)

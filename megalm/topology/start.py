@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import ctypes
 import os
 import sys
@@ -27,6 +28,8 @@ LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER
 SECONDS_TO_SPEAK = 3.0
 PATIENCE_MINUTES = 30.0
 """What ranks that join give each other, as torch does on CPUs."""
+SECONDS_TO_PART = 10.0
+"""What a rank that ends with an error gives the others to leave with it."""
 
 
 @dataclass(frozen=True)
@@ -186,12 +189,27 @@ def leave(exit_code: int) -> NoReturn:
     os._exit(exit_code)
 
 
-def stop() -> None:
-    """Leave the process group, so that no rank dies with a connection open."""
+def stop(*, patience_seconds: float | None = None) -> None:
+    """Leave the process group, so that no rank dies with a connection open.
+
+    NCCL's ranks leave together: one that has failed alone would wait for others that wait for it in a collective, and
+    never say what befell it. After an error `patience_seconds` is what they get.
+    """
     import torch.distributed
 
-    if torch.distributed.is_initialized():
+    if not torch.distributed.is_initialized():
+        return
+    if patience_seconds is None:
         torch.distributed.destroy_process_group()
+        return
+
+    def destroy() -> None:
+        with contextlib.suppress(Exception):  # The error that ends this rank is the one to tell.
+            torch.distributed.destroy_process_group()
+
+    leaving = threading.Thread(target=destroy, name="megalm leaving", daemon=True)
+    leaving.start()
+    leaving.join(patience_seconds)
 
 
 def _complete_environment_of_one_process() -> None:

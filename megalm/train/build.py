@@ -20,7 +20,7 @@ from megalm.models.flops import flops_per_token, parameter_count
 from megalm.parallel.random import RngStreams
 from megalm.telemetry.console import Console
 from megalm.topology.agree import exchange, together
-from megalm.topology.start import allow_collectives, meet, start, stop
+from megalm.topology.start import SECONDS_TO_PART, allow_collectives, meet, start, stop
 from megalm.topology.topology import Topology
 from megalm.train.assembly import assemble_engine, assemble_module
 from megalm.train.compile import compile_blocks
@@ -51,6 +51,7 @@ def running(plan: Plan) -> Iterator[Run]:
     with watchdog.watching():
         watchdog.starts("joining the other ranks")
         topology = _join(plan, watchdog)
+        patience: float | None = SECONDS_TO_PART  # Unless all went well, the others may not be on their way out.
         try:
             with only_saver(plan.config, topology):
                 run = build(plan, topology, watchdog=watchdog)
@@ -64,13 +65,14 @@ def running(plan: Plan) -> Iterator[Run]:
                     run.profiler.close()
                     for sink in run.sinks:
                         sink.close()
+            patience = None
         except RuntimeError as error:
             if not isinstance(error, torch.OutOfMemoryError) and NO_HOST_MEMORY not in str(error):
                 raise
             raise DeviceMemoryError(_memory_used_up(plan.config, topology, error)) from error
         finally:
             watchdog.ends("leaving the other ranks")
-            stop()
+            stop(patience_seconds=patience)
 
 
 def _join(plan: Plan, watchdog: Watchdog) -> Topology:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
+import time
+from collections.abc import Callable
 
 import pytest
 
 from megalm.errors import TopologyError
-from megalm.topology.start import Launch
+from megalm.topology.start import Launch, stop
 
 COMPLETE = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
 
@@ -64,3 +67,29 @@ def test_leaving_finishes_threads_and_handlers_and_skips_the_end_of_the_interpre
     assert ended.returncode == 75
     assert ended.stdout == "thread finished\nexit handler\n"
     assert ended.stderr == "no newline at the end"
+
+
+def destroying(monkeypatch: pytest.MonkeyPatch, destroy: Callable[[], None]) -> None:
+    """A process group whose end is `destroy`."""
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.distributed.destroy_process_group", destroy)
+
+
+def test_a_rank_with_an_error_leaves_without_those_that_do_not_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As under NCCL, where a rank that parts from a group waits until the others part from it."""
+    others_come = threading.Event()
+    destroying(monkeypatch, lambda: None if others_come.wait() else None)
+    started = time.monotonic()
+    stop(patience_seconds=0.1)
+    assert time.monotonic() - started < 5.0
+    others_come.set()
+
+
+@pytest.mark.parametrize("patience_seconds", [None, 5.0])
+def test_ranks_that_end_together_leave_the_group(
+    monkeypatch: pytest.MonkeyPatch, patience_seconds: float | None
+) -> None:
+    left: list[bool] = []
+    destroying(monkeypatch, lambda: left.append(True))
+    stop(patience_seconds=patience_seconds)
+    assert left == [True]
