@@ -12,6 +12,7 @@ import torch
 from megalm.data.batches import Batch, make_batch
 from megalm.data.sampler import micro_batches
 from megalm.data.source import SampleSource
+from megalm.errors import MegalmError
 
 READ_AHEAD = 4
 """Micro-batches that each worker keeps ready."""
@@ -36,6 +37,7 @@ def batch_iterator(
     when asked. Threads suffice: a sample is a copy out of the page cache, done without holding the interpreter long.
     Batches are in pinned memory if they are `pinned_for` a GPU.
     `global_batch_size_at` (consumed samples -> batch) is only checked: dealt in order, any ramp-up comes out right.
+    Raises, while it is read: what the dataset does, as of one rank.
     """
     if global_batch_size_at is not None:
         size = global_batch_size_at(consumed_samples)
@@ -43,7 +45,12 @@ def batch_iterator(
             raise ValueError(f"global batch {size} is no multiple of {micro_batch_size} x {dp_size}")
 
     def load(numbers: range) -> Batch:
-        batch = make_batch([dataset[i] for i in numbers], eod_id=eod_id, eod_mask_loss=eod_mask_loss)
+        try:
+            samples = [dataset[i] for i in numbers]
+        except MegalmError as error:
+            error.is_of_one_rank = True  # Others read other samples, or none.
+            raise
+        batch = make_batch(samples, eod_id=eod_id, eod_mask_loss=eod_mask_loss)
         if pinned_for is None or pinned_for.type != "cuda":
             return batch
         with torch.cuda.device(pinned_for):  # A thread starts out on GPU 0, and would take memory there.

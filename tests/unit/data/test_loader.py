@@ -17,6 +17,7 @@ from megalm.data.batches import Batch, make_batch
 from megalm.data.entropy import unigram_entropy
 from megalm.data.loader import TimedBatches, batch_iterator
 from megalm.data.sampler import micro_batches
+from megalm.errors import DataError
 
 
 class Counting:
@@ -48,6 +49,20 @@ def test_workers_change_neither_order_nor_content(num_workers: int) -> None:
     first = [batch.tokens[:, 0].tolist() for batch in found]
     assert first[:2] == [[9, 10, 11], [15, 16, 17]]
     assert len(first) == (101 - 6) // 6
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_what_one_rank_cannot_read_is_told_by_that_rank(num_workers: int) -> None:
+    """On its host the first rank may read other samples, and wait for this one in a collective."""
+
+    class Damaged(Counting):
+        def __getitem__(self, i: int) -> npt.NDArray[np.int64]:
+            raise DataError(f"sample {i}")
+
+    place = {"consumed_samples": 0, "micro_batch_size": 1, "dp_rank": 1, "dp_size": 2}
+    with pytest.raises(DataError, match="sample 1") as failure:
+        next(iter(batch_iterator(Damaged(), **place, num_workers=num_workers)))
+    assert failure.value.is_of_one_rank
 
 
 def test_resuming_goes_on_where_the_samples_were_consumed() -> None:
