@@ -65,7 +65,7 @@ def find_checkpoint(
     where there is no `latest`. `folder` may also be one checkpoint's own folder. The ranks of `world` share the hashing
     and agree on the outcome; `warn` is called on its first rank, `progress` on every one, and `verified` with the cost.
 
-    Communicates: two all-gathers of small objects over `world` for each checkpoint that is looked at.
+    Communicates: an all-gather of small objects over `world`, and one more for each checkpoint that is looked at.
     Raises: CheckpointError, the same on every rank, if there is no valid checkpoint. Starting afresh is never decided
     here.
     """
@@ -182,23 +182,27 @@ def has_no_hashes(path: Path) -> bool:
 
 
 def _problems(path: Path, world: Group, progress: Progress | None) -> tuple[list[str], int]:
-    """Problems that any rank finds in its share of the files, the same list on every rank; and the bytes of all."""
+    """Problems that any rank finds in its share of the files, the same list on every rank; and the bytes of all.
+
+    What a rank sees of the folder may differ from host to host, so nothing of it decides whether ranks communicate.
+    """
+    found = exchange(_own_problems(path, world, progress), world)
+    return list(dict.fromkeys(problem for problems, _ in found for problem in problems)), max(size for _, size in found)
+
+
+def _own_problems(path: Path, world: Group, progress: Progress | None) -> tuple[list[str], int]:
     if has_no_hashes(path):
         return [], 0  # There is nothing to verify it by, which `find_checkpoint` says.
-    num_bytes = 0
     try:
         manifest = read_manifest(path)
     except CheckpointError as error:
-        own = [str(error)]
-    else:
-        if layout.parse_step(path.name) not in (None, manifest.step):
-            return [f"{path / layout.MANIFEST} is that of step {manifest.step}"], 0  # Every rank reads the same one.
-        num_bytes = manifest.total_bytes
-        by_size = sorted(manifest.files, key=lambda record: record.bytes, reverse=True)
-        count = None if progress is None else lambda count: progress(count, num_bytes)
-        own = verify(path, manifest, records=by_size[world.rank :: world.size], progress=count)
-    found = exchange(own, world)
-    return list(dict.fromkeys(problem for problems in found for problem in problems)), num_bytes
+        return [str(error)], 0
+    if layout.parse_step(path.name) not in (None, manifest.step):
+        return [f"{path / layout.MANIFEST} is that of step {manifest.step}"], 0
+    num_bytes = manifest.total_bytes
+    by_size = sorted(manifest.files, key=lambda record: record.bytes, reverse=True)
+    count = None if progress is None else lambda count: progress(count, num_bytes)
+    return verify(path, manifest, records=by_size[world.rank :: world.size], progress=count), num_bytes
 
 
 def _steps(published: list[tuple[int, Path]]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from megalm.checkpoint.source import Source, open_checkpoint
 from megalm.checkpoint.tensor_files import read_tensors
 from megalm.config.compare import differences
 from megalm.config.root import Config
+from megalm.topology.agree import together
 from megalm.topology.topology import Topology
 
 
@@ -51,12 +53,17 @@ def load_checkpoint(
     The checkpoint may be of any tp, pp, dp, ZeRO stage, dtype and vocabulary padding. Without `load_optimizer` the
     optimizer starts fresh from the loaded weights; with `weights_only` so do the engine's step counters (--finetune).
 
-    Communicates: two all-gathers of small objects over the world; under ZeRO-3, an all-gather of small parameters.
-    Raises: CheckpointError, the same on every rank, if the checkpoint is of another model, or unreadable.
+    Communicates: three all-gathers of small objects over the world; under ZeRO-3, an all-gather of small parameters.
+    Raises: CheckpointError, the same on every rank, if the checkpoint is of another model, or unreadable to a rank.
     """
     path = Path(path)
-    source = open_checkpoint(path)
-    check_same_model(source.manifest, config, path=path)
+
+    def opened() -> Source:
+        source = open_checkpoint(path)
+        check_same_model(source.manifest, config, path=path)
+        return source
+
+    source = together(topology, opened)
     failure: Exception | None = None
     drift: dict[str, float] = {}
     try:
@@ -74,7 +81,7 @@ def load_checkpoint(
         path=path,
         manifest=source.manifest,
         state=source.train_state,
-        rng=_read_rng(path, topology, source.manifest),
+        rng=together(topology, partial(_read_rng, path, topology, source.manifest)),
         differences=_differences(path, config),
         drift=drift,
     )

@@ -75,14 +75,13 @@ def only_saver(config: Config, topology: Topology) -> Iterator[None]:
     if folder is None:
         yield
         return
-    if output.load is not None and not output.allow_fresh_start and not folder.exists():
-        load = Path(output.load)
-        if _same(load, folder) or _same(load.parent, folder):  # There is nothing to load, and so no run.
-            yield
-            return
     with contextlib.ExitStack() as held:
 
         def hold() -> None:
+            if output.load is not None and not output.allow_fresh_start and not folder.exists():
+                load = Path(output.load)
+                if _same(load, folder) or _same(load.parent, folder):  # There is nothing to load, and so no run.
+                    return
             # What else is wrong with the folder whoever writes to it says.
             with contextlib.suppress(OSError):
                 lock = folder_lock(folder, name=LOCK, is_ours=True, patience_seconds=PATIENCE_SECONDS)
