@@ -6,6 +6,8 @@ import contextlib
 import importlib.metadata
 import json
 import platform
+import socket
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,6 +15,7 @@ from typing import Any
 
 from megalm.checkpoint import layout
 from megalm.checkpoint.durable import (
+    RETRY_PAUSES_SECONDS,
     FileRecord,
     make_folder,
     publish_folder,
@@ -27,6 +30,7 @@ from megalm.checkpoint.retention import Retention, remove_outdated
 from megalm.config.deepspeed_json import effective_zero_stage
 from megalm.config.root import Config
 from megalm.config.yaml_file import config_to_yaml
+from megalm.errors import CheckpointError, listed
 from megalm.topology.layout import Layout
 
 
@@ -94,7 +98,9 @@ class Draft:
         """Write the common files and the manifest, take the name, point `latest` to it, remove old checkpoints.
 
         Returns what was removed, and what could not be.
+        Raises: CheckpointError if this host does not see what another one wrote.
         """
+        self._check_that_all_are_here(records)
         own = [
             write_text(self.temporary / layout.TRAIN_STATE, self.state_text),
             write_text(self.temporary / layout.CONFIG, config_to_yaml(as_given(self.config))),
@@ -105,10 +111,31 @@ class Draft:
         replace_text(self.folder / layout.LATEST, self.final.name)
         return remove_outdated(self.folder, self.retention, newest=self.final, lineage=self.manifest.lineage)
 
+    def _check_that_all_are_here(self, records: list[FileRecord]) -> None:
+        """A network file system may show other hosts' files a moment later; one that is not shared never does."""
+        missing = records
+        for pause_seconds in (0.0, *RETRY_PAUSES_SECONDS):
+            time.sleep(pause_seconds)
+            missing = [record for record in missing if not _is_here(self.temporary / record.name, record.bytes)]
+            if not missing:
+                return
+        raise CheckpointError(
+            f"{self.temporary} lacks {listed([record.name for record in missing], 3)} on {socket.gethostname()}, where "
+            "rank 0 is, though other ranks have written them\n"
+            "  --save must name a folder that all hosts share"
+        )
+
     def discard(self) -> None:
         """Remove what was written; a disk that refuses even that keeps a folder that nothing reads."""
         with contextlib.suppress(OSError):
             remove_folder(self.temporary)
+
+
+def _is_here(path: Path, size: int) -> bool:
+    try:
+        return path.stat().st_size == size
+    except FileNotFoundError:
+        return False
 
 
 def versions() -> dict[str, str]:

@@ -70,8 +70,8 @@ def test_a_universal_checkpoint_that_only_the_first_host_sees_is_refused_by_all(
     assert "manifest.json" in first
 
 
-def save_then_load(folder: str) -> str:
-    """Load where only the first host has the checkpoint."""
+def save_then_load(folder: str) -> tuple[str, str]:
+    """A save to disks of the hosts' own, then a load where only the first one has the checkpoint."""
     from megalm.checkpoint.load import load_checkpoint
     from megalm.checkpoint.save import save_checkpoint
     from tests.support.training import TinyRun, tiny_config
@@ -79,13 +79,25 @@ def save_then_load(folder: str) -> str:
     config = tiny_config(pp=2)
     run = TinyRun(config)
     raw, top = run.engine.raw, run.topology
-    path = save_checkpoint(raw, folder, {"step": 3, "consumed_samples": 12}, config=config, topology=top).path
+
+    def save(to: str) -> Path:
+        return save_checkpoint(raw, to, {"step": 3, "consumed_samples": 12}, config=config, topology=top).path
+
+    saved = ending(lambda: save(of_own_disk(folder, top.world)))
+    path = save(folder + ".shared")
     if not top.world.is_first:
         path = path.with_name("global_step3.elsewhere")
-    return ending(lambda: load_checkpoint(raw, path, config=config, topology=top))
+    return saved, ending(lambda: load_checkpoint(raw, path, config=config, topology=top))
 
 
-def test_what_one_host_cannot_read_is_loaded_by_none(tmp_path: Path) -> None:
-    first, second = run_ranks(save_then_load, 2, str(tmp_path), timeout=60.0)
-    assert first == second
-    assert "elsewhere" in first
+def test_what_one_host_does_not_see_is_not_published_and_what_it_cannot_read_is_loaded_by_none(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    (first, loaded), (second, also_loaded) = run_ranks(save_then_load, 2, str(folder), timeout=90.0)
+    for saved in (first, second):
+        assert "CheckpointError: saving" in saved
+        assert "failed on 1 of 2 ranks" in saved
+        assert "lacks layer_04" in saved
+        assert "--save must name a folder that all hosts share" in saved
+    assert list(folder.iterdir()) == []
+    assert loaded == also_loaded
+    assert "elsewhere" in loaded
