@@ -108,7 +108,8 @@ def start(launch: Launch, *, tp: int, pp: int, backend: str = "auto", timeout_mi
     """Join the other processes and lay the axes over them. `timeout_minutes` is what collectives get.
 
     Raises: TopologyError if tp * pp does not divide the world, or the backend cannot work on this device. Both are
-    known before any process waits for another one, so all of them stop.
+    known before any process waits for another one, so all of them stop. Likewise where a process has no GPU of its own,
+    of which the others hear by its end alone.
     """
     layout = Layout.of_world(launch.world_size, tp=tp, pp=pp)
     import torch
@@ -126,12 +127,13 @@ def start(launch: Launch, *, tp: int, pp: int, backend: str = "auto", timeout_mi
         )
     if launch.world_size == 1:
         _complete_environment_of_one_process()
-    _join(backend, timeout_minutes or PATIENCE_MINUTES)
     device = torch.device("cuda", launch.local_rank) if on_gpu else torch.device("cpu")
     if on_gpu:
-        torch.cuda.set_device(device)
+        _check_own_gpu(launch, num_gpus=torch.cuda.device_count())
+        torch.cuda.set_device(device)  # before NCCL, whose groups take the current one where they are not told
     else:
         _keep_freed_memory()
+    _join(backend, timeout_minutes or PATIENCE_MINUTES)
     return Topology.build(layout, rank=launch.rank, local_rank=launch.local_rank, device=device)
 
 
@@ -210,6 +212,23 @@ def stop(*, patience_seconds: float | None = None) -> None:
     leaving = threading.Thread(target=destroy, name="megalm leaving", daemon=True)
     leaving.start()
     leaving.join(patience_seconds)
+
+
+def _check_own_gpu(launch: Launch, *, num_gpus: int) -> None:
+    """DeepSpeed gives each process the GPU of its LOCAL_RANK.
+
+    Raises: TopologyError if the process does not see that many.
+    """
+    if launch.local_rank < num_gpus:
+        return
+    error = TopologyError(
+        f"the process of LOCAL_RANK {launch.local_rank} takes the GPU of that number, and sees {num_gpus} in all\n"
+        "  LOCAL_RANK set by the launcher; CUDA_VISIBLE_DEVICES, or Slurm's --gpus-per-task and --gpu-bind, may hide "
+        "the others\n"
+        "  start as many processes on a host as it has GPUs, and let each see all of them (--gpus-per-node)"
+    )
+    error.is_of_one_rank = True  # The first one of the host has a GPU, and waits for this one.
+    raise error
 
 
 def _complete_environment_of_one_process() -> None:

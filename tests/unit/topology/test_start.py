@@ -9,9 +9,10 @@ import time
 from collections.abc import Callable
 
 import pytest
+import torch
 
 from megalm.errors import TopologyError
-from megalm.topology.start import Launch, stop
+from megalm.topology.start import Launch, start, stop
 
 COMPLETE = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
 
@@ -93,3 +94,29 @@ def test_ranks_that_end_together_leave_the_group(
     destroying(monkeypatch, lambda: left.append(True))
     stop(patience_seconds=patience_seconds)
     assert left == [True]
+
+
+def test_a_process_without_a_gpu_of_its_own_is_refused_before_it_joins(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where Slurm shows each process one GPU, which is number 0 to all of them."""
+    monkeypatch.setattr("megalm.topology.start.device_type", lambda: "cuda")
+    monkeypatch.setattr("megalm.topology.start._join", lambda *_: pytest.fail("joined"))
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    with pytest.raises(TopologyError, match="LOCAL_RANK 1") as refusal:
+        start(Launch(rank=1, world_size=2, local_rank=1), tp=1, pp=1)
+    assert refusal.value.is_of_one_rank
+
+
+def test_a_process_takes_its_gpu_before_it_joins(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[object] = []
+
+    def join(*_: object) -> None:
+        taken.append("joined")
+        raise InterruptedError
+
+    monkeypatch.setattr("megalm.topology.start.device_type", lambda: "cuda")
+    monkeypatch.setattr("megalm.topology.start._join", join)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    monkeypatch.setattr("torch.cuda.set_device", taken.append)
+    with pytest.raises(InterruptedError):
+        start(Launch(rank=7, world_size=8, local_rank=3), tp=1, pp=1)
+    assert taken == [torch.device("cuda", 3), "joined"]
