@@ -14,7 +14,6 @@ from megalm.config.deepspeed_json import effective_zero_stage
 from megalm.config.root import Config
 from megalm.config.show import notes, num_processes
 from megalm.data.batches import Batch
-from megalm.data.order_digest import order_digest
 from megalm.errors import DeviceMemoryError
 from megalm.models.flops import flops_per_token, parameter_count
 from megalm.parallel.random import RngStreams
@@ -30,7 +29,7 @@ from megalm.train.loop import Run
 from megalm.train.prepare import Plan
 from megalm.train.reading import evaluator, feed, open_datasets
 from megalm.train.replica_check import ReplicaCheck
-from megalm.train.samples import check_samples_left
+from megalm.train.samples import TRAINING_SET, check_same_samples, check_samples_left, sample_orders
 from megalm.train.saver import Saver
 from megalm.train.schedule import BatchSize, LearningRate
 from megalm.train.sinks import build_profiler, open_sinks
@@ -116,8 +115,11 @@ def build(plan: Plan, topology: Topology, *, watchdog: Watchdog) -> Run:
     datasets = together(topology, partial(open_datasets, plan, verifies=topology.local_rank == 0, log=console.info))
     for line in datasets.report:
         console.info(line)
-    for line in dict.fromkeys(itertools.chain(*exchange(datasets.warnings, topology.world))):
+    orders = sample_orders(datasets)
+    warnings, orders_of_ranks = zip(*exchange((datasets.warnings, orders), topology.world), strict=True)
+    for line in dict.fromkeys(itertools.chain(*warnings)):
         console.warning(line)
+    check_same_samples(orders_of_ranks)
     watchdog.starts("building the model")
     streams = RngStreams(config.training.seed, tp=topology.tp, pp=topology.pp, dp=topology.dp, device=topology.device)
     module, attention = assemble_module(plan, topology, streams, console)
@@ -135,7 +137,7 @@ def build(plan: Plan, topology: Topology, *, watchdog: Watchdog) -> Run:
         watchdog=watchdog,
     )
     trained = None if config.training.eval_only else datasets.train
-    sample_order = None if trained is None else order_digest(trained)
+    sample_order = None if trained is None else orders[TRAINING_SET]
     spikes = SpikeWatch.from_config(config.training)
     saver = Saver(config, topology, engine, streams, console, sample_order=sample_order, spikes=spikes)
     watchdog.starts("loading")

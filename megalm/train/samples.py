@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from megalm.checkpoint.roll_backs import RollBack
 from megalm.config.root import Config
 from megalm.config.step_ranges import parse_step_ranges
 from megalm.data.build import Datasets, build_datasets
+from megalm.data.order_digest import order_digest
 from megalm.data.source import SampleSource
-from megalm.errors import ConfigError
+from megalm.errors import ConfigError, DataError, listed
 from megalm.train.schedule import BatchSize
 from megalm.train.state import TrainState
+
+TRAINING_SET = "the training set"
 
 
 def sample_counts(config: Config, *, dp_size: int) -> dict[str, int]:
@@ -35,6 +38,35 @@ def open_datasets(
         seed=config.training.seed,
         verifies=verifies,
         log=log,
+    )
+
+
+def sample_orders(datasets: Datasets) -> dict[str, str]:
+    """`order_digest` of every set, by what messages call it."""
+    sets = {} if datasets.train is None else {TRAINING_SET: datasets.train}
+    for kind, named in (("validation set", datasets.valid), ("test set", datasets.test)):
+        sets.update({f"the {kind} {name}": source for name, source in named.items()})
+    return {name: order_digest(source) for name, source in sets.items()}
+
+
+def check_same_samples(orders: Sequence[Mapping[str, str]]) -> None:
+    """Whether every rank would read the same samples, by the `sample_orders` of all of them.
+
+    Hosts may have corpora of their own. Where those differ the first stage would read tokens of one text and the last
+    one labels of another, and no loss would tell.
+    Raises: DataError, the same on every rank.
+    """
+    first = orders[0]
+    others = [rank for rank, found in enumerate(orders) if found != first]
+    if not others:
+        return
+    other = orders[others[0]]
+    differing = [name for name in {**first, **other} if first.get(name) != other.get(name)]
+    raise DataError(
+        f"rank{'s' if len(others) > 1 else ''} {listed(others)} would read other samples than rank 0: "
+        f"{listed(differing, 3)} of documents of other lengths\n"
+        "  the corpora on their hosts are not those of the first one: copy .bin and .idx again, or name a folder that "
+        "all hosts share"
     )
 
 

@@ -119,6 +119,18 @@ def test_hosts_that_share_no_file_system_build_their_own_maps_and_read_the_same(
         assert len([path for path in (host / "maps").iterdir() if path.is_dir()]) == 1
 
 
+def test_hosts_whose_corpora_differ_are_refused_before_they_train(tmp_path: Path) -> None:
+    """With stages on both, tokens of one text would be trained to be followed by those of another."""
+    hosts = [tmp_path / name for name in ("first", "second")]
+    for seed, host in enumerate(hosts):
+        host.mkdir()
+        write_corpus(host, seed=seed)
+    flags = ["--train-iters", "5", "--pipeline-model-parallel-size", "2"]
+    with pytest.raises(RankFailure, match="rank 1 would read other samples than rank 0: the training set") as failure:
+        run_ranks(_train_on_own_host, 2, [str(host) for host in hosts], flags)
+    assert str(failure.value).count("DataError: rank 1 would") == 2
+
+
 def test_longer_run_that_would_read_in_another_order_is_refused_unless_asked_for(tmp_path: Path) -> None:
     a, _ = corpora(tmp_path)
     # 200 documents of 32 tokens make 400 samples, 50 steps of 8.
