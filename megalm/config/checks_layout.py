@@ -18,7 +18,7 @@ def layout_failures(config: Config, *, world_size: int, device_type: str, vocab_
         *_tensor_axis(config, vocab_size),
         *_vocabulary(config, vocab_size),
         *_world(config, world_size),
-        *_device(config, device_type),
+        *_device(config, device_type, world_size),
     ]
 
 
@@ -106,7 +106,7 @@ def _batch(config: Config, *, dp_size: int) -> Iterator[Failure]:
         )
 
 
-def _device(config: Config, device_type: str) -> Iterator[Failure]:
+def _device(config: Config, device_type: str, world_size: int) -> Iterator[Failure]:
     if config.training.dtype == "fp16" and device_type == "cpu":
         yield Failure(
             "training.dtype = fp16 needs a GPU: DeepSpeed does not train fp16 on CPUs",
@@ -118,4 +118,10 @@ def _device(config: Config, device_type: str) -> Iterator[Failure]:
             "parallel.backend = nccl needs GPUs",
             origins(config, "parallel.backend"),
             "--distributed-backend gloo, or leave it out",
+        )
+    if config.parallel.backend == "gloo" and device_type == "cuda" and world_size > 1:
+        yield Failure(
+            "parallel.backend = gloo is for CPUs: it sends what lies on a GPU by its address, which no host can read",
+            origins(config, "parallel.backend"),
+            "leave it out; DS_ACCELERATOR=cpu trains on CPUs",
         )

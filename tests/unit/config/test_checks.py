@@ -160,6 +160,10 @@ def test_device_must_be_able_to() -> None:
     assert "needs a GPU" in layout_failure(smallest("--fp16"), device_type="cpu")
     assert "needs GPUs" in layout_failure(smallest("--distributed-backend", "nccl"), device_type="cpu")
     check(smallest("--fp16", "--distributed-backend", "nccl"), world_size=1, device_type="cuda", vocab_size=512)
+    gloo = smallest("--distributed-backend", "gloo")
+    assert "is for CPUs" in layout_failure(gloo, world_size=2, device_type="cuda")
+    check(gloo, world_size=2, device_type="cpu", vocab_size=512)
+    check(gloo, world_size=1, device_type="cuda", vocab_size=512)
 
 
 def test_layout_failures_join_the_others_in_one_error() -> None:
