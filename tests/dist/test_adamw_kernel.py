@@ -14,7 +14,7 @@ from megalm.config.root import Config
 from tests.support import triton_device as support
 from tests.support.ranks import run_ranks
 
-pytestmark = [pytest.mark.dist, pytest.mark.skipif(not support.INSTALLED, reason="Triton is not installed")]
+pytestmark = [pytest.mark.dist, pytest.mark.skipif(not support.INSTALLED, reason=support.ABSENT)]
 
 CLIP = 0.1
 BOUND = 64 * 2.0**-24

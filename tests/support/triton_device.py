@@ -23,11 +23,22 @@ from typing import Any
 import numpy as np
 import torch
 
-INSTALLED = importlib.util.find_spec("triton") is not None
-"""Whether there is a Triton at all; tests skip where there is none."""
-
 ON_GPU = torch.cuda.is_available()
 """Whether kernels run for real: tests may then take larger shapes."""
+
+
+def _can_launch() -> bool:
+    if importlib.util.find_spec("triton") is None:
+        return False
+    import triton
+
+    return ON_GPU or tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 6)
+
+
+INSTALLED = _can_launch()
+"""Whether there is a Triton to launch kernels with; tests skip where there is none. On CPUs it must be 3.6 or newer, as the
+interpreter that is patched below is that one's."""
+ABSENT = "Triton is not installed, or has no GPU and an interpreter from before 3.6"
 
 
 @contextlib.contextmanager

@@ -14,6 +14,6 @@ from tests.support import triton_device as support
 def triton_device() -> Iterator[torch.device]:
     """A GPU, or the CPU with Triton's interpreter; the modules of the kernels must be imported before."""
     if not support.INSTALLED:
-        pytest.skip("Triton is not installed")
+        pytest.skip(support.ABSENT)
     with support.triton_device() as device:
         yield device

@@ -16,11 +16,16 @@ from typing import Any
 import pytest
 import torch
 
+from tests.support.triton_device import ABSENT, INSTALLED
+
+if not INSTALLED:
+    pytest.skip(ABSENT, allow_module_level=True)
+
+import triton
+
 from megalm.kernels.attention import triton_backward, triton_forward
 from megalm.kernels.attention.suitability import TRITON_SHARED_BYTES
 from megalm.kernels.attention.triton_launch import Blocks, Cut, cut_for, head_parts
-
-triton = pytest.importorskip("triton")
 
 SHARED_BYTES = TRITON_SHARED_BYTES
 """What the choice of cores asks for; a block of an H100 can have 227 KiB."""

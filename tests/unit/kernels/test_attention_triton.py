@@ -11,7 +11,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-pytest.importorskip("triton")
+from tests.support.triton_device import ABSENT, INSTALLED, ON_GPU
+
+if not INSTALLED:
+    pytest.skip(ABSENT, allow_module_level=True)
 
 from megalm.errors import KernelError
 from megalm.kernels.alibi import alibi_slopes
@@ -19,7 +22,6 @@ from megalm.kernels.attention import triton_flash, triton_launch
 from megalm.kernels.attention.baddbmm import BaddbmmAttention
 from megalm.kernels.attention.triton_flash import TritonAttention, attention
 from megalm.kernels.attention.triton_launch import Blocks, Cut
-from tests.support.triton_device import ON_GPU
 
 # The interpreter runs several blocks even at tiny lengths; a GPU runs the blocks that are shipped, at lengths to match.
 TINY = Cut(Blocks(32, 16, 4, 2), Blocks(16, 16, 4, 2), Blocks(16, 32, 4, 2))

@@ -10,7 +10,7 @@ import torch
 from megalm.errors import KernelError
 from megalm.kernels import backend, self_check
 from megalm.kernels.bias_gelu import jit
-from tests.support.triton_device import INSTALLED
+from tests.support.triton_device import ABSENT, INSTALLED
 
 CPU = torch.device("cpu")
 OPERATIONS = ["attention", "layer_norm", "bias_gelu", "head", "dropout_add", "adamw"]
@@ -81,14 +81,14 @@ def test_the_erf_gelu_has_one_implementation_whatever_is_asked_for() -> None:
         backend.choose("gelu_erf", "jit", CPU)
 
 
-@pytest.mark.skipif(not INSTALLED, reason="Triton is not installed")
+@pytest.mark.skipif(not INSTALLED, reason=ABSENT)
 @pytest.mark.parametrize("operation", ["layer_norm", "bias_gelu", "glu", "head", "gradient_sum"])
 def test_auto_takes_triton_on_a_gpu(operation: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(self_check, "failure", lambda *_, **__: None)  # it needs the GPU
     assert backend.choose(operation, "auto", torch.device("cuda")).name == "triton"
 
 
-@pytest.mark.skipif(not INSTALLED, reason="Triton is not installed")
+@pytest.mark.skipif(not INSTALLED, reason=ABSENT)
 def test_auto_fuses_dropout_only_where_something_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(self_check, "failure", lambda *_, **__: None)  # it needs the GPU
     picks = {drops: backend.choose("dropout_add", "auto", torch.device("cuda"), drops=drops).name for drops in (0, 1)}

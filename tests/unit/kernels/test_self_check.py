@@ -19,11 +19,11 @@ from megalm.kernels.bias_gelu.gated import torch_glu
 from megalm.kernels.cross_entropy.torch_rows import TorchRows
 from megalm.kernels.dropout_add.oracle import bias_dropout_add
 from megalm.kernels.self_check import Demand
-from tests.support.triton_device import INSTALLED
+from tests.support.triton_device import ABSENT, INSTALLED
 
 CPU = torch.device("cpu")
 BLOOM = AttentionUse(alibi=True, head_size=64, dtype=torch.bfloat16)
-needs_triton = pytest.mark.skipif(not INSTALLED, reason="Triton is not installed")
+needs_triton = pytest.mark.skipif(not INSTALLED, reason=ABSENT)
 
 
 DROPPED = Demand(attention=replace(BLOOM, dropout=True), drops=True)

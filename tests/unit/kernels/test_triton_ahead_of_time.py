@@ -25,7 +25,7 @@ from tests.support import triton_device
 from tests.support.ahead_of_time import compile_for_hopper
 from tests.unit.kernels import test_attention_compiled
 
-pytestmark = pytest.mark.skipif(not triton_device.INSTALLED, reason="Triton is not installed")
+pytestmark = pytest.mark.skipif(not triton_device.INSTALLED, reason=triton_device.ABSENT)
 
 # BLOOM-560m, -1b7, -7b1 and -176B.
 WIDTHS = (1024, 2048, 4096, 14336)

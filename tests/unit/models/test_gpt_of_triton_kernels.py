@@ -14,7 +14,7 @@ from megalm.models.gpt.build import build_model, choose_kernels, plan_gpt
 from tests.support import triton_device as support
 from tests.unit.models import small
 
-pytestmark = pytest.mark.skipif(not support.INSTALLED, reason="Triton is not installed")
+pytestmark = pytest.mark.skipif(not support.INSTALLED, reason=support.ABSENT)
 
 TINY = Cut(Blocks(32, 16, 4, 1), Blocks(16, 16, 4, 1), Blocks(16, 16, 4, 1))
 # One rounding to bf16 is 2^-9 of a value; it passes through two blocks, the head and back.

@@ -28,7 +28,7 @@ TINY = Cut(Blocks(32, 16, 4, 2), Blocks(16, 16, 4, 2), Blocks(16, 32, 4, 2))
 @pytest.fixture
 def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
     if not support.INSTALLED:
-        pytest.skip("Triton is not installed")
+        pytest.skip(support.ABSENT)
     if not support.ON_GPU:
         monkeypatch.setattr(triton_launch, "cut_for", lambda *_, **__: TINY)
     with support.triton_device() as device:

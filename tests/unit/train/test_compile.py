@@ -18,7 +18,7 @@ from megalm.models.gpt.model import GPT
 from megalm.telemetry.console import Console
 from megalm.train.compile import CompileWatch, compile_blocks, obstacle
 from megalm.train.watchdog import Watchdog
-from tests.support.triton_device import INSTALLED, triton_device
+from tests.support.triton_device import ABSENT, INSTALLED, triton_device
 from tests.unit.models.small import bloom, gpt2, randomise
 
 CPU = torch.device("cpu")
@@ -97,7 +97,7 @@ def test_the_gelu_inside_the_products_gives_the_same_compiled_or_not(recompute: 
         compiled(module)
 
 
-@pytest.mark.skipif(not INSTALLED, reason="Triton is not installed")
+@pytest.mark.skipif(not INSTALLED, reason=ABSENT)
 def test_a_block_with_tritons_attention_is_one_graph() -> None:
     from megalm.kernels.attention.triton_flash import TritonAttention
 
