@@ -82,6 +82,7 @@ def test_every_size_is_counted() -> None:
 def test_bloom_176b_cluster_preset_is_the_layout_it_was_trained_with() -> None:
     config = load(ROOT / "configs/cluster/bloom-176b-384xa100.yaml")
     assert (config.parallel.tp, config.parallel.pp, config.parallel.zero_stage) == (4, 12, 1)
+    assert config.parallel.pipeline_partition == "type:transformer|embedding"
     assert (config.training.rampup_batch_size, config.training.global_batch_size) == ((192, 16, 9_765_625), 2048)
     assert config.source("model.num_layers").endswith("bloom/176b.yaml:4")
     assert config.source("model.position_embedding").endswith("bloom/560m.yaml:7")
