@@ -18,7 +18,7 @@ from megalm.checkpoint.taking_back import read_roll_backs, set_aside_roll_backs
 from megalm.config.compare import Difference, differences
 from megalm.config.root import Config
 from megalm.data.folder_lock import folder_lock
-from megalm.errors import CheckpointError, ConfigError
+from megalm.errors import CheckpointError, ConfigError, listed
 from megalm.topology.agree import of_first
 from megalm.topology.topology import Topology
 
@@ -53,9 +53,7 @@ def check_save_folder(config: Config, loaded: Path | None) -> None:
             if loaded is None or step > 0 or not _same(path, loaded)
         ]
     if others:
-        named = ", ".join(path.name for path in others[:3]) + (
-            "" if len(others) <= 3 else f" and {len(others) - 3} more"
-        )
+        named = listed([path.name for path in others], 3)
         start = "counts from step 0" if resets or loaded is None else f"goes on from {loaded}"
         remedy = "" if resets else f"--load {folder} goes on from them; for another run "
         raise CheckpointError(
@@ -129,9 +127,8 @@ class Onward:
     """The attempt that begins with it, if it goes on from another step than the newest of its lineage."""
 
     def __str__(self) -> str:
-        more = "" if len(self.later) <= 5 else f" and {len(self.later) - 5} more"
         return (
-            f"later steps than the one gone on from: {', '.join(self.later[:5])}{more}; this run replaces those that "
+            f"later steps than the one gone on from: {listed(self.later, 5)}; this run replaces those that "
             "it saves too, and leaves the others behind: they stay, and --keep-last and --load pass over them"
         )
 
