@@ -63,7 +63,7 @@ class BackgroundSaver:
         self._asked: AnyOf | None = None
         self._publishing = False
         self._num_bytes = 0
-        self._outcome: tuple[tuple[Path, ...], tuple[str, ...]] = ((), ())
+        self._problems: tuple[str, ...] = ()
         self._started = 0.0
         self._stall_seconds = 0.0
 
@@ -94,7 +94,7 @@ class BackgroundSaver:
             self._begun.add(draft.folder)
         copies = HostCopies()
         write_rank_files(engine, draft, copies, topology=self._topology, rng=rng)
-        self._draft, self._publishing, self._outcome = draft, False, ((), ())
+        self._draft, self._publishing, self._problems = draft, False, ()
         self._copies = copies
         self._work = _Work(partial(self._write, draft, copies))
         self._started, self._stall_seconds = started, time.monotonic() - started
@@ -168,8 +168,7 @@ class BackgroundSaver:
             num_bytes=self._num_bytes,
             elapsed_seconds=time.monotonic() - self._started,
             stall_seconds=self._stall_seconds,
-            removed=self._outcome[0],
-            problems=self._outcome[1],
+            problems=self._problems,
         )
 
     def _publish(self, draft: Draft) -> None:
@@ -179,7 +178,7 @@ class BackgroundSaver:
             records += [FileRecord(**entry) for entry in json.loads(path.read_text(encoding="utf-8"))]
             unlink(path)
         self._num_bytes = sum(record.bytes for record in records)
-        self._outcome = draft.publish(records)
+        self._problems = draft.publish(records)
 
     def _fail(self, draft: Draft) -> None:
         """Let every rank leave the save behind and raise.

@@ -94,10 +94,10 @@ class Draft:
             remove_folder(path)
         make_folder(self.temporary)
 
-    def publish(self, records: list[FileRecord]) -> tuple[tuple[Path, ...], tuple[str, ...]]:
+    def publish(self, records: list[FileRecord]) -> tuple[str, ...]:
         """Write the common files and the manifest, take the name, point `latest` to it, remove old checkpoints.
 
-        Returns what was removed, and what could not be.
+        Returns what went wrong after the checkpoint had its name: old ones that could not be removed.
         Raises: CheckpointError if this host does not see what another one wrote.
         """
         self._check_that_all_are_here(records)
@@ -109,7 +109,9 @@ class Draft:
         write_text(self.temporary / layout.MANIFEST, replace(self.manifest, files=files).to_json())
         publish_folder(self.temporary, self.final, replaced=self.folder / layout.replaced_folder(self.manifest.step))
         replace_text(self.folder / layout.LATEST, self.final.name)
-        return remove_outdated(self.folder, self.retention, newest=self.final, lineage=self.manifest.lineage)
+        lineage = self.manifest.lineage
+        _, problems = remove_outdated(self.folder, self.retention, newest=self.final, lineage=lineage)
+        return problems
 
     def _check_that_all_are_here(self, records: list[FileRecord]) -> None:
         """A network file system may show other hosts' files a moment later; one that is not shared never does."""

@@ -11,13 +11,12 @@ from typing import Any
 
 from megalm.checkpoint import layout
 from megalm.checkpoint.agreement import agree
-from megalm.checkpoint.identity import check_same_model, read_config
+from megalm.checkpoint.identity import check_same_model
 from megalm.checkpoint.manifest import Manifest
 from megalm.checkpoint.optimizer_files import read_engine_state
 from megalm.checkpoint.restore import Restorer
 from megalm.checkpoint.source import Source, open_checkpoint
 from megalm.checkpoint.tensor_files import read_tensors
-from megalm.config.compare import differences
 from megalm.config.root import Config
 from megalm.topology.agree import together
 from megalm.topology.topology import Topology
@@ -27,14 +26,10 @@ from megalm.topology.topology import Topology
 class Loaded:
     """What a checkpoint holds beside the engine's state."""
 
-    path: Path
-    manifest: Manifest
     state: dict[str, Any]
     """The content of train_state.json."""
     rng: dict[str, Any] | None
     """This rank's random-number state; None if the checkpoint is of another layout."""
-    differences: tuple[str, ...]
-    """What is configured otherwise now than when the checkpoint was written, one sentence each."""
     drift: dict[str, float]
     """Replicated weights whose stored copies differ, with the distance from the mean that was loaded."""
 
@@ -78,11 +73,8 @@ def load_checkpoint(
         failure = error
     agree(failure, topology.world, doing=f"loading {path}")
     return Loaded(
-        path=path,
-        manifest=source.manifest,
         state=source.train_state,
         rng=together(topology, partial(_read_rng, path, topology, source.manifest)),
-        differences=_differences(path, config),
         drift=drift,
     )
 
@@ -107,11 +99,6 @@ def _restore_counters(engine: Any, source: Source) -> None:
         for counter, value in read_engine_state(source.folder / name, read=source.read).items():
             if counter in ("global_steps", "global_samples", "skipped_steps") and isinstance(value, int):
                 setattr(engine, counter, value)
-
-
-def _differences(path: Path, config: Config) -> tuple[str, ...]:
-    stored = read_config(path)
-    return () if stored is None else tuple(str(difference) for difference in differences(stored, config))
 
 
 def _read_rng(path: Path, topology: Topology, manifest: Manifest) -> dict[str, Any] | None:

@@ -33,8 +33,6 @@ class SaveReport:
     """From the start of the save to its publication."""
     stall_seconds: float
     """Time that training stood still for it."""
-    removed: tuple[Path, ...] = ()
-    """Older checkpoints that were removed, in keeping with keep_last. Known to the first rank."""
     problems: tuple[str, ...] = ()
     """What went wrong after the checkpoint was published. Known to the first rank."""
 
@@ -66,7 +64,6 @@ def save_checkpoint(
     draft = Draft.of(Path(folder), state, config=config, sizes=topology.layout, retention=retention)
     begin_draft(draft, topology=topology)
     doing = f"saving {draft.final}"
-    removed: tuple[Path, ...] = ()
     problems: tuple[str, ...] = ()
     try:
         files = FileEngine()
@@ -75,7 +72,7 @@ def save_checkpoint(
         records = [record for own in exchange(files.records, topology.world) for record in own]
         with collectively(topology, doing):
             if topology.world.is_first:
-                removed, problems = draft.publish(records)
+                problems = draft.publish(records)
     except Exception:
         if topology.world.is_first:
             draft.discard()
@@ -86,7 +83,6 @@ def save_checkpoint(
         num_bytes=sum(record.bytes for record in records),
         elapsed_seconds=elapsed,
         stall_seconds=elapsed,
-        removed=removed,
         problems=problems,
     )
 

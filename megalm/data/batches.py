@@ -36,17 +36,15 @@ class Batch(NamedTuple):
         return Batch(*(part.to(device, non_blocking=True) for part in self))
 
 
-def make_batch(samples: Sequence[npt.NDArray[Any]], *, eod_id: int | None = None, eod_mask_loss: bool = False) -> Batch:
+def make_batch(samples: Sequence[npt.NDArray[Any]], *, masked_eod_id: int | None = None) -> Batch:
     """Samples of s + 1 tokens as inputs, labels and loss mask.
 
-    With `eod_mask_loss` nothing is learned from predicting what follows `eod_id`, the beginning of another document.
+    Nothing is learned from predicting what follows `masked_eod_id`, the beginning of another document.
     """
-    if eod_id is None and eod_mask_loss:
-        raise ValueError("masking the loss at an end of document needs eod_id")
     text = np.stack(samples)
     tokens = np.ascontiguousarray(text[:, :-1])
     labels = np.ascontiguousarray(text[:, 1:])
     loss_mask = np.ones(tokens.shape, np.float32)
-    if eod_mask_loss:
-        loss_mask[tokens == eod_id] = 0.0
+    if masked_eod_id is not None:
+        loss_mask[tokens == masked_eod_id] = 0.0
     return Batch(torch.from_numpy(tokens), torch.from_numpy(labels), torch.from_numpy(loss_mask))

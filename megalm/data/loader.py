@@ -26,23 +26,16 @@ def batch_iterator(
     dp_rank: int,
     dp_size: int,
     num_workers: int = 0,
-    eod_id: int | None = None,
-    eod_mask_loss: bool = False,
+    masked_eod_id: int | None = None,
     pinned_for: torch.device | None = None,
-    global_batch_size_at: Callable[[int], int] | None = None,
 ) -> Iterator[Batch]:
     """This rank's micro-batches from `consumed_samples` on, until the dataset cannot fill one for every rank.
 
     With `num_workers` > 0 as many threads read ahead; the order and the content are the same as with 0, which reads
     when asked. Threads suffice: a sample is a copy out of the page cache, done without holding the interpreter long.
-    Batches are in pinned memory if they are `pinned_for` a GPU.
-    `global_batch_size_at` (consumed samples -> batch) is only checked: dealt in order, any ramp-up comes out right.
+    `masked_eod_id` is as for `make_batch`. Batches are in pinned memory if they are `pinned_for` a GPU.
     Raises, while it is read: what the dataset does, as of one rank.
     """
-    if global_batch_size_at is not None:
-        size = global_batch_size_at(consumed_samples)
-        if size % (micro_batch_size * dp_size):
-            raise ValueError(f"global batch {size} is no multiple of {micro_batch_size} x {dp_size}")
 
     def load(numbers: range) -> Batch:
         try:
@@ -50,7 +43,7 @@ def batch_iterator(
         except MegalmError as error:
             error.is_of_one_rank = True  # Others read other samples, or none.
             raise
-        batch = make_batch(samples, eod_id=eod_id, eod_mask_loss=eod_mask_loss)
+        batch = make_batch(samples, masked_eod_id=masked_eod_id)
         if pinned_for is None or pinned_for.type != "cuda":
             return batch
         with torch.cuda.device(pinned_for):  # A thread starts out on GPU 0, and would take memory there.

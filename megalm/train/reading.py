@@ -66,7 +66,6 @@ def feed(
         dp_rank=topology.dp.rank,
         dp_size=topology.dp.size,
         num_workers=workers,
-        eod_id=plan.end_of_document if data.eod_mask_loss else None,
-        eod_mask_loss=data.eod_mask_loss,
+        masked_eod_id=plan.end_of_document if data.eod_mask_loss else None,
         pinned_for=topology.device,
     )

@@ -55,7 +55,7 @@ rows = st.lists(st.lists(st.integers(0, 3), min_size=9, max_size=9), min_size=1,
 def test_each_flag_does_what_the_other_trainer_does(
     rows: list[list[int]], reset_position_ids: bool, reset_attention_mask: bool, eod_mask_loss: bool
 ) -> None:
-    batch = make_batch([np.array(row) for row in rows], eod_id=EOD, eod_mask_loss=eod_mask_loss)
+    batch = make_batch([np.array(row) for row in rows], masked_eod_id=EOD if eod_mask_loss else None)
     plan = _plan(DocumentRules(EOD, reset_positions=reset_position_ids, reset_attention=reset_attention_mask))
     tokens = batch.tokens.t()  # [b, s] -> [s, b]
     positions = plan.positions(tokens).expand(tokens.shape)

@@ -101,11 +101,6 @@ def test_batch_shifts_labels_by_one() -> None:
     assert (batch.tokens.dtype, batch.loss_mask.dtype) == (torch.int64, torch.float32)
 
 
-def test_masking_without_an_end_of_document_is_refused() -> None:
-    with pytest.raises(ValueError, match="eod_id"):
-        make_batch([np.array([1, 2])], eod_mask_loss=True)
-
-
 def test_time_spent_waiting_for_batches_is_counted() -> None:
     class Slow(Counting):
         def __getitem__(self, i: int) -> npt.NDArray[np.int64]:
