@@ -12,6 +12,7 @@ from megalm.checkpoint.manifest import Manifest
 from megalm.checkpoint.merge import tensor_parallel_size
 from megalm.config.model import ModelConfig
 from megalm.errors import CheckpointError
+from megalm.models.gpt.weights import EMBEDDING_LAYER
 
 ORIGIN = "bigscience"
 _POSITIONS = {2: "learned", 3: "alibi", "absolute": "learned", "alibi": "alibi"}
@@ -29,7 +30,7 @@ def is_bigscience(folder: Path) -> bool:
     return (
         not (folder / layout.MANIFEST).exists()
         and not (folder / layout.TRAIN_STATE).exists()
-        and (folder / layout.layer_file(layout.EMBEDDING_INDEX, 0)).is_file()
+        and (folder / layout.layer_file(EMBEDDING_LAYER, 0)).is_file()
         and (folder / layout.model_file(0)).is_file()
     )
 

@@ -26,9 +26,6 @@ UNIVERSAL_FOLDER = "zero"
 UNIVERSAL_OPTIMIZER = "optimizer_state.pt"
 """What its optimizer states have in common, in that folder."""
 
-EMBEDDING_INDEX = 1
-FIRST_BLOCK_INDEX = 3
-
 _STEP = re.compile(r"global_step(\d+)")
 _LAYER_FILE = re.compile(r"layer_(\d{2,})-model_(\d{2,})-model_states\.pt")
 _OPTIMIZER_FILE = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d{2,})_optim_states\.pt")
@@ -56,18 +53,8 @@ def parse_step(name: str) -> int | None:
     return int(match.group(1)) if match else None
 
 
-def block_index(block: int) -> int:
-    """Position of a transformer block in the list of pipeline layers."""
-    return FIRST_BLOCK_INDEX + block
-
-
-def final_norm_index(num_layers: int) -> int:
-    """Position of the final LayerNorm in the list of pipeline layers."""
-    return num_layers + 4
-
-
 def layer_file(index: int, tp_rank: int) -> str:
-    """Weights of one pipeline layer on one tensor rank."""
+    """Weights of one pipeline layer, numbered as in `models/gpt/weights`, on one tensor rank."""
     return f"layer_{index:02d}-model_{tp_rank:02d}-model_states.pt"
 
 

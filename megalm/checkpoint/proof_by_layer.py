@@ -22,7 +22,14 @@ from megalm.models.blocks.block import ParallelTransformerLayer
 from megalm.models.blocks.embedding import GPTEmbedding
 from megalm.models.blocks.norm import LayerNorm
 from megalm.models.gpt.build import plan_gpt
-from megalm.models.gpt.weights import EMBEDDING_LAYER, FIRST_BLOCK_LAYER, Weight, head_layer, weight_table
+from megalm.models.gpt.weights import (
+    EMBEDDING_LAYER,
+    FIRST_BLOCK_LAYER,
+    Weight,
+    final_norm_layer,
+    head_layer,
+    weight_table,
+)
 
 Progress = Callable[[str], None]
 
@@ -130,7 +137,7 @@ class _Comparison:
 
     def logits(self, x: Tensor) -> None:
         """Compare the logits, one position at a time. Shapes: [s, b, h]."""
-        final = self.shape.num_layers + 4
+        final = final_norm_layer(self.shape)
         norm = LayerNorm(**self.plan.final_norm_arguments()).double().eval()
         norm.load_state_dict(self.own_weights(final))
         head = EMBEDDING_LAYER if self.shape.tie_embeddings else head_layer(self.shape)

@@ -9,6 +9,7 @@ import pytest
 
 from megalm.checkpoint import layout
 from megalm.errors import CheckpointError
+from megalm.models.gpt.weights import EMBEDDING_LAYER, FIRST_BLOCK_LAYER
 from tests.support.ranks import run_ranks
 
 pytestmark = pytest.mark.dist
@@ -94,7 +95,7 @@ def check_files(folder: Path, *, tp: int, pp: int, dp: int, zero_stage: int, dty
     assert (folder / layout.LATEST).read_text() == "global_step3"
     assert sorted(os.listdir(folder)) == ["global_step3", "latest"]
     expected = {layout.TRAIN_STATE, layout.CONFIG, layout.MANIFEST}
-    layers = [layout.EMBEDDING_INDEX, layout.block_index(0), layout.block_index(1), layout.final_norm_index(2)]
+    layers = [EMBEDDING_LAYER, FIRST_BLOCK_LAYER, FIRST_BLOCK_LAYER + 1, FIRST_BLOCK_LAYER + 3]
     expected |= {layout.layer_file(index, rank) for index in layers for rank in range(tp)}
     for stage in range(pp):
         for tensor in range(tp):

@@ -39,14 +39,19 @@ class Weight:
         return product
 
 
+def final_norm_layer(shape: GPTShape) -> int:
+    """Position of the final LayerNorm."""
+    return FIRST_BLOCK_LAYER + shape.num_layers + 1
+
+
 def head_layer(shape: GPTShape) -> int:
     """Position of the head; a tied head has no file."""
-    return shape.num_layers + 5
+    return final_norm_layer(shape) + 1
 
 
 def weight_table(shape: GPTShape) -> tuple[Weight, ...]:
     """All weights, in the order of the layers; a tied head is the word embedding and does not appear again."""
-    h, final = shape.hidden_size, shape.num_layers + 4
+    h = shape.hidden_size
     table = [Weight("word_embeddings.weight", EMBEDDING_LAYER, "word_embeddings.weight", (shape.vocab_rows, h), 0)]
     if shape.embed_layernorm:
         for kind in ("weight", "bias"):
@@ -58,7 +63,8 @@ def weight_table(shape: GPTShape) -> tuple[Weight, ...]:
     for block in range(shape.num_layers):
         for key, size, dim in _block_weights(shape):
             table.append(Weight(f"h.{block}.{key}", FIRST_BLOCK_LAYER + block, key, size, dim))
-    table += [Weight(f"ln_f.{kind}", final, kind, (h,), None) for kind in ("weight", "bias")]
+    final_norm = final_norm_layer(shape)
+    table += [Weight(f"ln_f.{kind}", final_norm, kind, (h,), None) for kind in ("weight", "bias")]
     if not shape.tie_embeddings:
         table.append(Weight("lm_head.weight", head_layer(shape), "weight", (shape.vocab_rows, h), 0))
     return tuple(table)

@@ -22,10 +22,11 @@ from megalm.checkpoint.optimizer_files import MOMENTS, read_engine_state
 from megalm.checkpoint.source import open_checkpoint
 from megalm.checkpoint.tensor_files import read_tensors
 from megalm.errors import MegalmError
+from megalm.models.gpt.weights import FIRST_BLOCK_LAYER
 from tests.support.bigscience import write_bigscience
 from tests.support.checkpoints import bloom_config, write_checkpoint
 
-LAYER = layout.layer_file(layout.block_index(0), 0)
+LAYER = layout.layer_file(FIRST_BLOCK_LAYER, 0)
 OPTIMIZER = layout.optimizer_file(dp_rank=0, mp_rank=0, bf16=True)
 RNG = layout.rng_file(tp_rank=0, pp_rank=0, dp_rank=0)
 

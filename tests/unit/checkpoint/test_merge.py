@@ -10,6 +10,7 @@ from megalm.checkpoint.merge import LayerFiles
 from megalm.checkpoint.source import open_checkpoint
 from megalm.checkpoint.tensor_files import read_tensors
 from megalm.errors import CheckpointError
+from megalm.models.gpt.weights import FIRST_BLOCK_LAYER
 from tests.support.checkpoints import bloom_config, gptmeg_config, write_checkpoint
 
 
@@ -33,7 +34,7 @@ def test_shards_of_any_tensor_parallel_size_merge_into_the_weights(
 
 def test_drifted_replicas_are_averaged_and_reported(tmp_path: Path) -> None:
     weights = {weight.name: tensor for weight, tensor in write_checkpoint(tmp_path / "c", bloom_config(), tp_size=2)}
-    file = tmp_path / "c" / layout.layer_file(layout.block_index(1), 1)
+    file = tmp_path / "c" / layout.layer_file(FIRST_BLOCK_LAYER + 1, 1)
     state = read_tensors(file)
     state["input_layernorm.weight"] += 0.5
     torch.save(state, file)
@@ -46,7 +47,7 @@ def test_drifted_replicas_are_averaged_and_reported(tmp_path: Path) -> None:
 
 def test_a_missing_shard_is_named(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "c", bloom_config(), tp_size=2)
-    (tmp_path / "c" / layout.layer_file(layout.block_index(0), 1)).unlink()
+    (tmp_path / "c" / layout.layer_file(FIRST_BLOCK_LAYER, 1)).unlink()
     with pytest.raises(CheckpointError, match="layer 3 has shards"):
         layers_of(tmp_path / "c")
 
@@ -54,7 +55,7 @@ def test_a_missing_shard_is_named(tmp_path: Path) -> None:
 def test_a_shard_of_another_model_is_named(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "c", bloom_config())
     write_checkpoint(tmp_path / "other", bloom_config(num_heads=2))
-    name = layout.layer_file(layout.block_index(0), 0)
+    name = layout.layer_file(FIRST_BLOCK_LAYER, 0)
     (tmp_path / "c" / name).write_bytes((tmp_path / "other" / name).read_bytes())
     with pytest.raises(CheckpointError, match="shape"):
         list(layers_of(tmp_path / "c").iterate())

@@ -10,6 +10,7 @@ import torch
 
 from megalm.checkpoint import layout
 from megalm.checkpoint.durable import replace_text
+from megalm.models.gpt.weights import FIRST_BLOCK_LAYER
 from megalm.tokenizers.train import train_byte_level_bpe
 from tests.support.checkpoints import bloom_config, gptmeg_config, write_checkpoint
 from tests.support.tokenizer_folder import write_tokenizer
@@ -151,7 +152,7 @@ def test_verification_passes_a_whole_checkpoint(run_folder: Path, capsys: pytest
 
 def test_verification_finds_a_flipped_bit_nan_and_drift(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = run_folder / "global_step3"
-    file = folder / layout.layer_file(layout.block_index(0), 0)
+    file = folder / layout.layer_file(FIRST_BLOCK_LAYER, 0)
     intact = file.read_bytes()
     file.write_bytes(intact[:-1] + bytes([intact[-1] ^ 1]))
     assert verify_checkpoint.main(["--load", str(folder)]) == 5
@@ -249,7 +250,7 @@ def test_inspection_names_the_tensor_that_differs(run_folder: Path, capsys: pyte
     def change(state: dict[str, Any]) -> None:
         state["mlp.dense_4h_to_h.weight"][0, 0] += 0.5
 
-    rewrite_with_manifest(other / layout.layer_file(layout.block_index(1), 1), change)
+    rewrite_with_manifest(other / layout.layer_file(FIRST_BLOCK_LAYER + 1, 1), change)
     arguments = ["--load", str(run_folder), "--diff", str(other), "--norms"]
     assert inspect_checkpoint.main(arguments) == 1
     said = capsys.readouterr().out
