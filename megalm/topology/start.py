@@ -1,4 +1,4 @@
-"""From the launcher's environment variables to a `Topology`: the only reader of the environment in megalm."""
+"""From the launcher's environment variables, which nothing else in megalm reads, to a `Topology`."""
 
 from __future__ import annotations
 
