@@ -31,10 +31,10 @@ def main(arguments: list[str]) -> int:
         parser.error(f"--data-parallel-size {options.data_parallel_size} must be at least 1")
     started = time.perf_counter()
     from megalm.config.parse import parse_command_line
-    from megalm.train.samples import open_datasets
+    from megalm.train.samples import datasets_of_run
 
     config = parse_command_line(arguments[cut + 1 :])
-    datasets = open_datasets(config, dp_size=options.data_parallel_size, log=print)
+    datasets = datasets_of_run(config, dp_size=options.data_parallel_size, log=print)
     print("\n".join(datasets.report))
     for warning in datasets.warnings:
         print(f"warning: {warning}", file=sys.stderr)

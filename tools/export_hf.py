@@ -7,11 +7,17 @@ import argparse
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megalm.errors import CheckpointError, ConfigError, DataError
 from megalm.program import program
+
+if TYPE_CHECKING:
+    from megalm.checkpoint.export import Export
+    from megalm.config.root import Config
+    from megalm.tokenizers.protocol import Tokenizer
 
 
 def parser() -> argparse.ArgumentParser:
@@ -42,68 +48,30 @@ def parser() -> argparse.ArgumentParser:
 def run(options: argparse.Namespace) -> None:
     """Find, check, export, prove, publish."""
     from megalm.checkpoint.byte_line import ByteLine
-    from megalm.checkpoint.export import Export, export_checkpoint, parse_size
+    from megalm.checkpoint.export import export_checkpoint
     from megalm.checkpoint.find import find_checkpoint
     from megalm.checkpoint.identity import read_config
-    from megalm.checkpoint.run_tokenizer import tokenizer_of_run
-    from megalm.checkpoint.source import open_checkpoint
 
     if options.no_tokenizer and options.tokenizer_name_or_path is not None:
         raise ConfigError("--no-tokenizer excludes --tokenizer-name-or-path\n  keep one of them")
     if options.verify_text is not None and not (options.verify or options.verify_by_layer):
         raise ConfigError("--verify-text is what --verify and --verify-by-layer compare on\n  pass one of them too")
     started = time.perf_counter()
-    try:
-        max_shard_bytes = parse_size(options.max_shard_size)
-        if max_shard_bytes < 1:
-            raise ValueError("no room for a weight")
-    except (ValueError, OverflowError) as error:
-        raise CheckpointError(f"--max-shard-size {options.max_shard_size}: give a size such as 5GB") from error
+    max_shard_bytes = shard_bytes(options.max_shard_size)
     verifying, writing = ByteLine(sys.stderr, "verifying"), ByteLine(sys.stderr, "writing")
     checkpoint = find_checkpoint(options.load, step=options.step, warn=warn, progress=verifying)
     verifying.close()
     config = read_config(checkpoint)
-    tokenizer, given = None, options.tokenizer_name_or_path
-    if given is not None or not options.no_tokenizer:
-        try:
-            tokenizer = tokenizer_of_run(open_checkpoint(checkpoint), config, given=given, warn=warn)
-        except DataError as error:
-            if given is not None:
-                raise
-            raise DataError(f"{error}\n  or give --tokenizer-name-or-path, or --no-tokenizer") from error
-        if tokenizer is None:
-            warn(f"no tokenizer is written: {checkpoint} names none; --tokenizer-name-or-path FOLDER adds one")
+    tokenizer = tokenizer_to_write(options, checkpoint, config)
 
     def save_tokenizer(folder: Path) -> int | None:
         assert tokenizer is not None
         tokenizer.save_pretrained(folder)
         return tokenizer.eod_id
 
-    def prove(export: Export) -> None:
+    def prove_written(export: Export) -> None:
         writing.close()
-        from megalm.checkpoint.proof import prove_export
-        from megalm.checkpoint.proof_by_layer import fits_in_memory, prove_by_layer
-        from megalm.checkpoint.proof_tokens import real_tokens
-        from megalm.models.gpt.weights import weight_table
-
-        length = min(config.data.seq_length if config is not None else 128, export.shape.num_positions or 256, 256)
-        tokens = real_tokens(
-            config.data if config is not None else None,
-            tokenizer,
-            num_samples=4,
-            length=length,
-            text=options.verify_text,
-        )
-        num_parameters = sum(weight.numel for weight in weight_table(export.shape))
-        if options.verify_by_layer or not fits_in_memory(num_parameters):
-            print(f"verified: {prove_by_layer(export.folder, checkpoint, tokens=tokens[:1], dtype=export.dtype)}")
-            return
-        vocab_size = tokenizer.vocab_size if tokenizer is not None else export.shape.vocab_rows
-        proof = prove_export(export.folder, checkpoint, tokens=tokens, vocab_size=vocab_size, dtype=export.dtype)
-        print(f"verified: {proof}")
-        if tokenizer is not None:
-            prompt, continued = proof.theirs[: proof.num_prompt], proof.theirs[proof.num_prompt :]
-            print(f"  {tokenizer.decode(prompt)[-60:]!r} continues {tokenizer.decode(continued)!r}")
+        prove(options, export, checkpoint, config, tokenizer)
 
     export = export_checkpoint(
         checkpoint,
@@ -112,7 +80,7 @@ def run(options: argparse.Namespace) -> None:
         max_shard_bytes=max_shard_bytes,
         save_tokenizer=save_tokenizer if tokenizer is not None else None,
         seq_length=config.data.seq_length if config is not None else None,
-        prove=prove if options.verify or options.verify_by_layer else None,
+        prove=prove_written if options.verify or options.verify_by_layer else None,
         overwrite=options.overwrite,
         progress=lambda name, count, total: writing(count, total, name),
     )
@@ -125,6 +93,67 @@ def run(options: argparse.Namespace) -> None:
         f"{checkpoint} -> {export.folder}: {export.family}, {export.num_bytes / 1e6:.1f} MB of weights in "
         f"{num_files} file{'' if num_files == 1 else 's'}, {elapsed:.1f} s"
     )
+
+
+def shard_bytes(size: str) -> int:
+    """What --max-shard-size says. Raises: CheckpointError if it is no size, or has no room for a weight."""
+    from megalm.checkpoint.export import parse_size
+
+    try:
+        max_shard_bytes = parse_size(size)
+        if max_shard_bytes < 1:
+            raise ValueError("no room for a weight")
+    except (ValueError, OverflowError) as error:
+        raise CheckpointError(f"--max-shard-size {size}: give a size such as 5GB") from error
+    return max_shard_bytes
+
+
+def tokenizer_to_write(options: argparse.Namespace, checkpoint: Path, config: Config | None) -> Tokenizer | None:
+    """The tokenizer that goes beside the model, if one is wanted and known. Raises: DataError if it cannot be read."""
+    from megalm.checkpoint.run_tokenizer import tokenizer_of_run
+    from megalm.checkpoint.source import open_checkpoint
+
+    given = options.tokenizer_name_or_path
+    if options.no_tokenizer:
+        return None
+    try:
+        tokenizer = tokenizer_of_run(open_checkpoint(checkpoint), config, given=given, warn=warn)
+    except DataError as error:
+        if given is not None:
+            raise
+        raise DataError(f"{error}\n  or give --tokenizer-name-or-path, or --no-tokenizer") from error
+    if tokenizer is None:
+        warn(f"no tokenizer is written: {checkpoint} names none; --tokenizer-name-or-path FOLDER adds one")
+    return tokenizer
+
+
+def prove(
+    options: argparse.Namespace, export: Export, checkpoint: Path, config: Config | None, tokenizer: Tokenizer | None
+) -> None:
+    """Compare what was written with the checkpoint, on real tokens. Raises: CheckpointError if they differ."""
+    from megalm.checkpoint.proof import prove_export
+    from megalm.checkpoint.proof_by_layer import fits_in_memory, prove_by_layer
+    from megalm.checkpoint.proof_tokens import real_tokens
+    from megalm.models.gpt.weights import weight_table
+
+    length = min(config.data.seq_length if config is not None else 128, export.shape.num_positions or 256, 256)
+    tokens = real_tokens(
+        config.data if config is not None else None,
+        tokenizer,
+        num_samples=4,
+        length=length,
+        text=options.verify_text,
+    )
+    num_parameters = sum(weight.numel for weight in weight_table(export.shape))
+    if options.verify_by_layer or not fits_in_memory(num_parameters):
+        print(f"verified: {prove_by_layer(export.folder, checkpoint, tokens=tokens[:1], dtype=export.dtype)}")
+        return
+    vocab_size = tokenizer.vocab_size if tokenizer is not None else export.shape.vocab_rows
+    proof = prove_export(export.folder, checkpoint, tokens=tokens, vocab_size=vocab_size, dtype=export.dtype)
+    print(f"verified: {proof}")
+    if tokenizer is not None:
+        prompt, continued = proof.theirs[: proof.num_prompt], proof.theirs[proof.num_prompt :]
+        print(f"  {tokenizer.decode(prompt)[-60:]!r} continues {tokenizer.decode(continued)!r}")
 
 
 def warn(message: str) -> None:

@@ -55,7 +55,7 @@ def run(options: argparse.Namespace, command_line: list[str]) -> None:
 
     from megalm.config.parse import parse_command_line
     from megalm.data.trace import trace
-    from megalm.train.samples import open_datasets, sample_counts
+    from megalm.train.samples import datasets_of_run, sample_counts
 
     if options.data_parallel_size < 1:
         raise ConfigError(f"--data-parallel-size {options.data_parallel_size} must be at least 1")
@@ -64,7 +64,7 @@ def run(options: argparse.Namespace, command_line: list[str]) -> None:
     config = parse_command_line(command_line)
     tokenizer = None if options.no_text else tokenizer_of(config)
     say = partial(print, file=sys.stderr)
-    source = open_datasets(config, dp_size=options.data_parallel_size, verifies=False, log=say).train
+    source = datasets_of_run(config, dp_size=options.data_parallel_size, verifies=False, log=say).train
     if source is None:
         raise DataError("this run has no training samples")
     read = sample_counts(config, dp_size=options.data_parallel_size)["train"]

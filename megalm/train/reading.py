@@ -7,29 +7,27 @@ from functools import partial
 
 from megalm.checkpoint.run_tokenizer import tokenizer_facts
 from megalm.data.batches import Batch
-from megalm.data.build import Datasets, build_datasets
+from megalm.data.build import Datasets
 from megalm.data.loader import batch_iterator
 from megalm.data.source import SampleSource
 from megalm.errors import DataError
 from megalm.topology.topology import Topology
 from megalm.train.evaluation import Evaluator
 from megalm.train.prepare import Plan
-from megalm.train.samples import sample_counts
+from megalm.train.samples import datasets_of_run
 
 
 def open_datasets(plan: Plan, *, verifies: bool, log: Callable[[str], None]) -> Datasets:
     """Corpora and sample maps of every split; does not communicate. A rank of each host `verifies`."""
-    training = plan.config.training
-    datasets = build_datasets(
-        plan.config.data,
-        num_samples=sample_counts(plan.config, dp_size=plan.dp_size),
-        seed=training.seed,
+    datasets = datasets_of_run(
+        plan.config,
+        dp_size=plan.dp_size,
         vocab_size=plan.config.model.padded_vocab_size,
         tokenizer=tokenizer_facts(plan.tokenizer),
         verifies=verifies,
         log=log,
     )
-    if datasets.train is None and not training.eval_only:
+    if datasets.train is None and not plan.config.training.eval_only:
         raise DataError(
             f"data.split = {plan.config.data.split!r} leaves no sequence to train on\n"
             "  give training a larger share with --split, or a larger corpus"

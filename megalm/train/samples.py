@@ -9,6 +9,7 @@ from megalm.config.root import Config
 from megalm.config.step_ranges import parse_step_ranges
 from megalm.data.build import Datasets, build_datasets
 from megalm.data.order_digest import order_digest
+from megalm.data.same_tokenizer import TokenizerFacts
 from megalm.data.source import SampleSource
 from megalm.errors import ConfigError, DataError, listed
 from megalm.train.schedule import BatchSize
@@ -28,14 +29,22 @@ def sample_counts(config: Config, *, dp_size: int) -> dict[str, int]:
     return {"train": batch_size.samples_for(steps), "valid": evaluated, "test": evaluated}
 
 
-def open_datasets(
-    config: Config, *, dp_size: int, verifies: bool = True, log: Callable[[str], None] | None = None
+def datasets_of_run(
+    config: Config,
+    *,
+    dp_size: int,
+    vocab_size: int | None = None,
+    tokenizer: TokenizerFacts | None = None,
+    verifies: bool = True,
+    log: Callable[[str], None] | None = None,
 ) -> Datasets:
-    """The sources of a run, as training opens them; `verifies` as for `build_datasets`."""
+    """The sources of a run, as training and the tools open them; all but `dp_size` as for `build_datasets`."""
     return build_datasets(
         config.data,
         num_samples=sample_counts(config, dp_size=dp_size),
         seed=config.training.seed,
+        vocab_size=vocab_size,
+        tokenizer=tokenizer,
         verifies=verifies,
         log=log,
     )
