@@ -311,7 +311,8 @@ def _preference(
         return "torch", "torch's fused AdamW; one pass is taken where it is measured to be faster"
     if operation == "attention":
         return preferred_core(device, use)
-    on_gpu = _triton_obstacle(device) is None
+    obstacle = _triton_obstacle(device)
+    on_gpu = obstacle is None
     if operation == "layer_norm":
         if on_gpu:
             return "triton", "one pass each way, with the addition before it and the weight gradients inside"
@@ -321,16 +322,18 @@ def _preference(
             return "triton", "16-bit gradients are added to fp32 sums in one pass, embeddings row by row"
         return "torch", "torch's own additions"
     if operation == "dropout_add":
-        if drops and on_gpu:
+        if not drops:
+            return "torch", "without dropout there is nothing to fuse; torch.compile fuses what there is with it"
+        if on_gpu:
             return "triton", "one pass each way without a mask in memory, with the bias gradient inside"
-        return "torch", "without dropout there is nothing to fuse; torch.compile fuses what there is with it"
+        return "torch", f"separate operations; {obstacle}"
     if on_gpu:
         return "triton", "one pass each way, with the bias gradient inside"
     if operation == "glu":
-        return "torch", "separate operations; Triton compiles for GPUs"
+        return "torch", f"separate operations; {obstacle}"
     if device.type == "cpu":
         return "torch", "TorchScript does not fuse on a CPU; torch's GELU is one kernel"
-    obstacle = _jit_obstacle(device)
-    if obstacle is not None:
-        return "torch", obstacle
+    failure = _jit_obstacle(device)
+    if failure is not None:
+        return "torch", failure
     return "jit", "TorchScript fuses bias and GELU on this device and keeps no intermediate"

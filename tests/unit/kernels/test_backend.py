@@ -96,6 +96,12 @@ def test_auto_fuses_dropout_only_where_something_is_dropped(monkeypatch: pytest.
     assert backend.choose("dropout_add", "auto", CPU, drops=True).name == "torch"
 
 
+def test_the_reason_on_a_cpu_is_about_what_the_model_drops() -> None:
+    reasons = {drops: backend.choose("dropout_add", "auto", CPU, drops=drops).reason for drops in (False, True)}
+    assert reasons[False].startswith("without dropout")
+    assert reasons[True] == "separate operations; Triton compiles for GPUs"
+
+
 def test_auto_leaves_the_update_to_torch_everywhere() -> None:
     picks = {device: backend.choose("adamw", "auto", torch.device(device)).name for device in ("cpu", "cuda")}
     assert picks == {"cpu": "torch", "cuda": "torch"}
