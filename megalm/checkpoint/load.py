@@ -48,19 +48,14 @@ def load_checkpoint(
     The checkpoint may be of any tp, pp, dp, ZeRO stage, dtype and vocabulary padding. Without `load_optimizer` the
     optimizer starts fresh from the loaded weights; with `weights_only` so do the engine's step counters (--finetune).
 
-    Communicates: three all-gathers of small objects over the world; under ZeRO-3, an all-gather of small parameters.
+    Communicates: two all-gathers of small objects over the world; under ZeRO-3, an all-gather of small parameters.
     Raises: CheckpointError, the same on every rank, if the checkpoint is of another model, or unreadable to a rank.
     """
     path = Path(path)
-
-    def opened() -> Source:
-        source = open_checkpoint(path)
-        check_same_model(source.manifest, config, path=path)
-        return source
-
-    source = together(topology, opened)
+    source = together(topology, partial(_open, path, config))
     failure: Exception | None = None
     drift: dict[str, float] = {}
+    rng = None
     try:
         optimizer = source.optimizer() if load_optimizer and not weights_only else None
         restorer = Restorer(engine, source.layers, optimizer, tp=topology.tp, seed=config.training.seed)
@@ -69,14 +64,17 @@ def load_checkpoint(
         drift = source.layers.drift
         if not weights_only:
             _restore_counters(engine, source)
+        rng = _read_rng(path, topology, source.manifest)
     except Exception as error:
         failure = error
     agree(failure, topology.world, doing=f"loading {path}")
-    return Loaded(
-        state=source.train_state,
-        rng=together(topology, partial(_read_rng, path, topology, source.manifest)),
-        drift=drift,
-    )
+    return Loaded(state=source.train_state, rng=rng, drift=drift)
+
+
+def _open(path: Path, config: Config) -> Source:
+    source = open_checkpoint(path)
+    check_same_model(source.manifest, config, path=path)
+    return source
 
 
 @contextlib.contextmanager

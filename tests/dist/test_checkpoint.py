@@ -161,3 +161,40 @@ def test_a_fault_on_one_rank_is_one_error_on_all_and_publishes_nothing(tmp_path:
     assert find_checkpoint(tmp_path).name == "global_step100"
     for step in published:
         assert find_checkpoint(tmp_path, step=step).name == f"global_step{step}"
+
+
+READS = ("open_checkpoint", "read_engine_state", "_read_rng")
+
+
+def load_with_faults(folder: str) -> list[str]:
+    """A load with a disk that fails on the second rank at each of `READS`; returns what each load said."""
+    from megalm.checkpoint import load
+    from megalm.checkpoint.save import save_checkpoint
+    from tests.support.training import TinyRun, tiny_config
+
+    config = tiny_config(tp=1, pp=2)
+    run = TinyRun(config)
+    raw, topology = run.engine.raw, run.topology
+    path = save_checkpoint(raw, folder, {"step": 1}, config=config, topology=topology).path
+
+    def fail(*args: Any, **options: Any) -> None:
+        raise CheckpointError("a stale file handle")
+
+    said = []
+    for read in READS:
+        original = getattr(load, read)
+        if topology.world.rank == 1:
+            setattr(load, read, fail)
+        try:
+            load.load_checkpoint(raw, path, config=config, topology=topology)
+            said.append("loaded")
+        except CheckpointError as error:
+            said.append(str(error))
+        setattr(load, read, original)
+    return said
+
+
+def test_a_file_that_one_rank_cannot_read_is_one_error_on_all(tmp_path: Path) -> None:
+    said, said_by_the_other = run_ranks(load_with_faults, 2, str(tmp_path))
+    assert said == said_by_the_other
+    assert all("a stale file handle" in text for text in said)
