@@ -32,7 +32,7 @@ def together(topology: Topology, action: Callable[[], Result]) -> Result:
     Without this, the ranks that succeed would wait for the failed one until the timeout. `action` itself must not
     communicate, since a rank that fails early would leave the others inside it.
 
-    Communicates: one gather of an object over the world.
+    Communicates: one all-gather of small objects over the world.
     Raises: the MegalmError of the first rank that failed; other exceptions pass as they are, being defects.
     """
     failure: MegalmError | None = None
@@ -50,7 +50,7 @@ def together(topology: Topology, action: Callable[[], Result]) -> Result:
 def of_first(topology: Topology, action: Callable[[], Result]) -> Result:
     """What `action` gives on the first rank, which alone runs it; on every rank. It must not communicate.
 
-    Communicates: one gather of an object over the world.
+    Communicates: one all-gather of small objects over the world.
     Raises: the MegalmError of the first rank, on all; other exceptions pass as they are, being defects.
     """
     found: tuple[Result | None, MegalmError | None] = (None, None)

@@ -26,7 +26,7 @@ def choose_on_all_ranks(
     check. Ranks that share a layer would then disagree about its collectives, and replicas about its rounding, so all
     take what runs everywhere.
 
-    Communicates: one all-gather of small objects over the world; where the ranks differ, one more.
+    Communicates: two all-gathers of small objects over the world.
     Raises: KernelError, the same on every rank, if a kernel is asked for by name and cannot run on one of them.
     """
     kernels, choices = together(topology, partial(choose, requested))

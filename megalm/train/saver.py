@@ -28,7 +28,6 @@ from megalm.telemetry.console import Console
 from megalm.topology.agree import exchange, of_first, together
 from megalm.topology.topology import Topology
 from megalm.train.continuing import (
-    Onward,
     check_save_folder,
     compare,
     forget_roll_backs,
@@ -283,8 +282,7 @@ class Saver:
 
         Communicates: one all-gather of small objects over the world.
         """
-        world = self.topology.world
-        found = exchange(onward(self.config, path, tip) if world.is_first else Onward(), world)[0]
+        found = of_first(self.topology, partial(onward, self.config, path, tip))
         self.lineage = found.lineage
         if found.later:
             self.console.warning(f"{self.config.output.save} holds {found}")
