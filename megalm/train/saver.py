@@ -212,8 +212,16 @@ class Saver:
             self._go_on(None, Tip(0, None))
             return TrainState()
         self._check_save_folder(path)
-        changed = compare(
-            self.config, path, dp_size=self.topology.dp.size, info=self.console.info, warn=self.console.warning
+        changed = together(
+            self.topology,
+            partial(
+                compare,
+                self.config,
+                path,
+                dp_size=self.topology.dp.size,
+                info=self.console.info,
+                warn=self.console.warning,
+            ),
         )
         started = time.monotonic()
         loaded = load_checkpoint(
