@@ -36,8 +36,8 @@ def _can_launch() -> bool:
 
 
 INSTALLED = _can_launch()
-"""Whether there is a Triton to launch kernels with; tests skip where there is none. On CPUs it must be 3.6 or newer, as the
-interpreter that is patched below is that one's."""
+"""Whether there is a Triton to launch kernels with; tests skip where there is none. Without a GPU it takes 3.6,
+whose interpreter is patched below."""
 ABSENT = "Triton is not installed, or has no GPU and an interpreter from before 3.6"
 
 
