@@ -12,7 +12,7 @@ from threading import Thread
 from typing import Any
 
 from megalm.checkpoint.agreement import AnyOf, agree
-from megalm.checkpoint.draft import Draft
+from megalm.checkpoint.draft import Draft, unseen
 from megalm.checkpoint.durable import FileRecord, make_folder, unlink, write_text
 from megalm.checkpoint.engine_files import HostCopies
 from megalm.checkpoint.retention import Retention
@@ -175,7 +175,11 @@ class BackgroundSaver:
         records = []
         for rank in range(self._topology.world.size):
             path = draft.temporary / _records_name(rank)
-            records += [FileRecord(**entry) for entry in json.loads(path.read_text(encoding="utf-8"))]
+            try:
+                written = json.loads(path.read_text(encoding="utf-8"))
+            except FileNotFoundError as error:
+                raise unseen(draft.temporary, [path.name]) from error
+            records += [FileRecord(**entry) for entry in written]
             unlink(path)
         self._num_bytes = sum(record.bytes for record in records)
         self._problems = draft.publish(records)

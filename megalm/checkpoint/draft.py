@@ -121,16 +121,21 @@ class Draft:
             missing = [record for record in missing if not _is_here(self.temporary / record.name, record.bytes)]
             if not missing:
                 return
-        raise CheckpointError(
-            f"{self.temporary} lacks {listed([record.name for record in missing], 3)} on {socket.gethostname()}, where "
-            "rank 0 is, though other ranks have written them\n"
-            "  --save must name a folder that all hosts share"
-        )
+        raise unseen(self.temporary, [record.name for record in missing])
 
     def discard(self) -> None:
         """Remove what was written; a disk that refuses even that keeps a folder that nothing reads."""
         with contextlib.suppress(OSError):
             remove_folder(self.temporary)
+
+
+def unseen(folder: Path, names: list[str]) -> CheckpointError:
+    """The first rank's error where it does not see files that other ranks have written."""
+    return CheckpointError(
+        f"{folder} lacks {listed(names, 3)} on {socket.gethostname()}, where rank 0 is, though other ranks have "
+        "written them\n"
+        "  --save must name a folder that all hosts share"
+    )
 
 
 def _is_here(path: Path, size: int) -> bool:

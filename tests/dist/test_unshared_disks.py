@@ -90,6 +90,30 @@ def save_then_load(folder: str) -> tuple[str, str]:
     return saved, ending(lambda: load_checkpoint(raw, path, config=config, topology=top))
 
 
+def save_in_the_background(folder: str) -> str:
+    from megalm.checkpoint.background import BackgroundSaver
+    from tests.support.training import TinyRun, tiny_config
+
+    config = tiny_config(pp=2)
+    run = TinyRun(config)
+    own = of_own_disk(folder, run.topology.world)
+    saver = BackgroundSaver(run.topology)
+
+    def save() -> None:
+        saver.start(run.engine.raw, own, {"step": 3, "consumed_samples": 12}, config=config)
+        saver.finish()
+
+    return ending(save)
+
+
+def test_a_save_in_the_background_to_disks_of_the_hosts_own_says_what_is_wrong(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    for said in run_ranks(save_in_the_background, 2, str(folder), timeout=90.0):
+        assert "lacks records_00001.json" in said
+        assert "--save must name a folder that all hosts share" in said
+    assert list(folder.iterdir()) == []
+
+
 def test_what_one_host_does_not_see_is_not_published_and_what_it_cannot_read_is_loaded_by_none(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     (first, loaded), (second, also_loaded) = run_ranks(save_then_load, 2, str(folder), timeout=90.0)
