@@ -24,7 +24,8 @@ class Cluster:
         self._queued = folder / "queued"
         self._programs = folder / "bin"
         self._programs.mkdir()
-        self._program("srun", 'exit "$CODE"')
+        self.started = folder / "started"
+        self._program("srun", f'echo "$@" >"{self.started}"; exit "$CODE"')
         self._program("scontrol", f'if [ "$1" = requeue ]; then echo "$2" >>"{self._queued}"; else echo localhost; fi')
 
     def _program(self, name: str, body: str) -> None:
@@ -76,6 +77,20 @@ def cluster(tmp_path: Path) -> Cluster:
 
 def test_a_run_that_went_back_before_a_spike_is_queued_again(cluster: Cluster) -> None:
     assert cluster.ends(LossSpikeError.exit_code)[0]
+
+
+@pytest.mark.parametrize("cores, share", [(192, 24), (12, 1), (4, 1), (None, 1)])
+def test_tasks_share_the_cores_of_their_host(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch, cores: int | None, share: int
+) -> None:
+    monkeypatch.setenv("SLURM_NTASKS_PER_NODE", "8")
+    monkeypatch.delenv("SLURM_CPUS_ON_NODE", raising=False)
+    if cores is not None:
+        monkeypatch.setenv("SLURM_CPUS_ON_NODE", str(cores))
+    cluster.ends(0)
+    words = cluster.started.read_text().split()
+    assert f"--cpus-per-task={share}" in words
+    assert words[words.index("bash") :][:3] == ["bash", "launch/slurm/task.sh", "pretrain_gpt.py"]
 
 
 def test_a_third_hang_at_one_checkpoint_is_the_last_and_a_new_job_counts_anew(cluster: Cluster) -> None:
