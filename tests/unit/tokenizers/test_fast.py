@@ -10,10 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 
+from megalm.tokenizers import fast
 from megalm.tokenizers.fast import NotCompilableError, choose_encoder, compile_fast
 from megalm.tokenizers.gpt2_bpe import GPT2BPETokenizer
 from megalm.tokenizers.huggingface import HuggingFaceTokenizer
 from megalm.tokenizers.null import NullTokenizer
+from megalm.tokenizers.unicode_tables import first_difference
 from tests.unit.tokenizers.conftest import TEXTS
 
 BLOOM_PATTERN = " ?[^(\\s|[.,!?…。，、।۔،])]+"
@@ -122,6 +124,27 @@ def test_code_points_of_every_kind(encode: Callable, backend: Tokenizer) -> None
     for start in range(0, len(points), 64):
         text = "".join(f"a{chr(p)}1 {chr(p)}{chr(p)}  {chr(p)}'s" for p in points[start : start + 64])
         check(encode, backend, text)
+
+
+def test_a_letter_of_one_library_alone_leaves_the_text_to_the_tokenizers_own(
+    bpe_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fast, "_point_of_disagreement", lambda pre_tokenizer: 0x1C89)
+    found = choose_encoder(HuggingFaceTokenizer(bpe_folder), TEXTS[:4])
+    assert found.engine == "tokenizers"
+    assert "differs at U+1C89" in found.reason
+
+
+@pytest.mark.parametrize("point", [0x1C89, 0xA7DA, 0x1E5D0, 0x33FF0])
+def test_the_first_letter_of_one_library_alone_is_found(point: int) -> None:
+    def encode(text: str) -> list[int]:
+        return [ord(character) for character in text]
+
+    def of_one(text: str) -> list[int]:
+        return [0 if character == chr(point) else ord(character) for character in text]
+
+    assert first_difference(encode, encode) is None
+    assert first_difference(encode, of_one) == point
 
 
 def test_gpt2_files_and_folders_use_tiktoken(bpe_folder: Path, gpt2_files: tuple[Path, Path]) -> None:
