@@ -11,12 +11,13 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import faulthandler
+import hashlib
 import os
 import sys
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -44,6 +45,8 @@ SECONDS_TO_WRITE = 3.0
 """The folder may lie on what hangs."""
 STORE_THREAD = "pt_tcpstore"
 """How the names of the threads begin that serve torch's TCPStore, in torch 2.7 to 2.13."""
+LOOKS_OF_A_DIGEST = 2
+"""How many looks a digest of what all ranks told may stay the same before another rank takes over making it."""
 WAITING = "waiting for data"
 START, END = "the start", "the end"
 
@@ -60,6 +63,15 @@ class Mark(NamedTuple):
     def words(self) -> str:
         """As the other ranks and the report tell it."""
         return self.operation if self.place in (START, END) else f"{self.operation}, {self.place}"
+
+
+class Told(NamedTuple):
+    """What all ranks have told, as far as one that waits has to know it."""
+
+    digest: str
+    """Another one once any of them has told anything new."""
+    limit_seconds: float
+    """The longest of what they are in."""
 
 
 class Watchdog:
@@ -92,9 +104,16 @@ class Watchdog:
         self._bytes = 0
         self._since = self._looked = clock()
         self._pulse = 0
-        self._others: dict[str, str] | None = None
+        self._others: Told | None = None
         """What all ranks had told when this one was first found to wait, or None while it does not."""
         self._others_since = 0.0
+        self._published = ""
+        """The digest that this rank found last, as it stands on the board."""
+        self._is_reader = False
+        """Whether it is this rank's own: the next one is its to make too."""
+        self._num_digests = 0
+        self._num_same = 0
+        """Looks that have found it the same."""
         self._is_alone = False
         self._over = threading.Event()
 
@@ -163,6 +182,7 @@ class Watchdog:
         self._looked = now
         if was_stopped or mark is not self._seen or moved - self._bytes > NOTABLE_BYTES:
             self._seen, self._bytes, self._since, self._others = mark, moved, now, None
+            self._published, self._is_reader, self._num_same = "", False, 0
             self._pulse += 1
             if self._board is not None:
                 self._board.put(f"mark/{self._rank}", f"{self._pulse} {mark.limit_seconds:g} {mark.words}")
@@ -170,27 +190,59 @@ class Watchdog:
         if now - self._since < mark.limit_seconds / 5.0:
             return
         # This rank waits. As long as another one moves on, it is right to; those are watched from here on.
-        told = self._told() or self._others or {}
-        if told != self._others:
-            self._others, self._others_since = told, now
-        claimed = told.get("hang")
+        claimed = None if self._board is None else (self._board.read(["hang"]) or {}).get("hang")
         if claimed is not None and claimed != str(self._rank):
             self._join_in()
-        elif now - self._others_since >= self._limit_of_all(mark, told):
+            return
+        told = self._told() or self._others or Told("", 0.0)
+        if told != self._others:
+            self._others, self._others_since = told, now
+        elif self._num_same < LOOKS_OF_A_DIGEST and now - self._others_since >= max(
+            mark.limit_seconds, told.limit_seconds
+        ):
             self._end(mark)
 
-    def _told(self) -> dict[str, str] | None:
+    def _told(self) -> Told | None:
+        """What all ranks have told. One of those that wait reads it and publishes a digest, which the others read: in a
+        run of thousands of ranks, nearly all of which wait, the store would answer none of them in time if each read
+        everything."""
         if self._board is None:
             return None
-        claimed = self._board.read(["hang"])
-        marks = self._board.read([f"mark/{rank}" for rank in range(self._world_size)])
-        return None if claimed is None or marks is None else {**claimed, **marks}
+        found = self._board.read(["digest"])
+        if found is None:
+            self._num_same = 0
+            return None
+        published = found.get("digest", "")
+        if published != self._published:
+            self._published, self._is_reader, self._num_same = published, False, 0
+            return _parsed(published)
+        self._num_same += 1
+        is_due = not published or self._num_same % LOOKS_OF_A_DIGEST == 0
+        if self._is_reader or (is_due and self._takes_over(published)):
+            return self._told_by_all()
+        return _parsed(published) if published else None
 
-    @staticmethod
-    def _limit_of_all(mark: Mark, told: Mapping[str, str]) -> float:
-        """The longest of what ranks are in: who trains already waits for who still loads."""
-        limits = [float(text.split(" ", 2)[1]) for key, text in told.items() if key.startswith("mark/")]
-        return max(mark.limit_seconds, *limits, 0.0)
+    def _takes_over(self, published: str) -> bool:
+        """Whether this rank, of those that find this digest to be old, makes the next one."""
+        assert self._board is not None
+        return self._board.claim(f"reader/{published}/{self._num_same}", str(self._rank)) == str(self._rank)
+
+    def _told_by_all(self) -> Told | None:
+        """Read all, and publish the digest of it."""
+        marks = self._marks()
+        if marks is None or self._board is None:
+            return None
+        text = "\n".join(f"{key} {words}" for key, words in sorted(marks.items()))
+        told = Told(hashlib.sha256(text.encode()).hexdigest(), max(map(_limit_in, marks.values()), default=0.0))
+        self._num_digests += 1
+        self._published = f"{self._rank} {self._num_digests} {told.limit_seconds:g} {told.digest}"
+        self._is_reader, self._num_same = True, 0
+        self._board.put("digest", self._published)
+        return told
+
+    def _marks(self) -> dict[str, str] | None:
+        """What each rank told last."""
+        return None if self._board is None else self._board.read([f"mark/{rank}" for rank in range(self._world_size)])
 
     def _end(self, mark: Mark) -> None:
         """Report, unless another rank does."""
@@ -230,8 +282,9 @@ class Watchdog:
         return found
 
     def _report(self, mark: Mark, answers: dict[int, str] | None, where: Path | None) -> Iterator[str]:
-        told = self._told() or self._others or {}
-        limit = self._limit_of_all(mark, told)
+        told = self._marks() or {}
+        others = 0.0 if self._others is None else self._others.limit_seconds
+        limit = max(mark.limit_seconds, others, *map(_limit_in, told.values()))
         yield (
             f"error: no rank has got any further for {limit / 60.0:.3g} minutes, the limit of "
             f"{'--hang-timeout-minutes' if limit == self._limit else 'parts of a start or end, and of compiling'}; "
@@ -241,9 +294,12 @@ class Watchdog:
             yield f"  rank {self._rank} says: the process at which ranks meet, rank 0 or its launcher, does not answer"
             answers = {self._rank: self._words()}
         elif self._board is not None:
+            silent: dict[str, list[int]] = defaultdict(list)
             for rank in sorted(set(range(self._world_size)) - set(answers)):
-                words = told.get(f"mark/{rank}", "0 0 nothing").split(" ", 2)[2]
-                yield f"  rank {rank} does not answer; the last it told was {words}"
+                silent[told.get(f"mark/{rank}", "0 0 nothing").split(" ", 2)[2]].append(rank)
+            for words, ranks in silent.items():
+                verb, who = ("does", "it") if len(ranks) == 1 else ("do", "they")
+                yield f"  {_ranks(ranks)} {verb} not answer; the last {who} told was {words}"
         places: dict[str, list[int]] = defaultdict(list)
         for rank, words in sorted(answers.items()):
             places[words].append(rank)
@@ -288,6 +344,17 @@ class Watchdog:
                 file.flush()
                 faulthandler.dump_traceback(file, all_threads=True)
             written.append(path)
+
+
+def _limit_in(words: str) -> float:
+    """The limit that a rank has told."""
+    return float(words.split(" ", 2)[1])
+
+
+def _parsed(published: str) -> Told:
+    """A digest as it stands on the board: the rank that made it, how many it has made, the limit, and the digest."""
+    _, _, limit, digest = published.split(" ")
+    return Told(digest, float(limit))
 
 
 def build_watchdog(config: Config, launch: Launch, *, board: Board | None) -> Watchdog:

@@ -35,6 +35,20 @@ class Memory:
         return None if self.is_silent else self.texts.setdefault(key, text)
 
 
+class Busy(Memory):
+    """A board that answers so many keys in five seconds, as the store does that thousands of ranks ask."""
+
+    def __init__(self, num_keys: int) -> None:
+        super().__init__()
+        self.most = self.left = num_keys
+
+    def read(self, keys: Sequence[str]) -> dict[str, str] | None:
+        if len(keys) > self.left:
+            return None
+        self.left -= len(keys)
+        return super().read(keys)
+
+
 class Left(Exception):
     """Stands for the end of the process."""
 
@@ -111,6 +125,36 @@ def test_a_rank_that_waits_for_one_that_moves_on_goes_on_waiting(tmp_path: Path)
     assert fleet.pass_time(20, [0, 1]) == [0, 1]
 
 
+def test_many_ranks_that_wait_ask_the_store_for_few_words_each_and_go_on_waiting(tmp_path: Path) -> None:
+    board = Busy(num_keys=64 * 8)
+    fleet = Fleet(64, tmp_path, board=board)
+    for _ in range(60):
+        board.left = board.most
+        fleet.bytes[63] += 2 * 2**20  # It saves, and the others wait for it.
+        assert fleet.pass_time(5, range(64)) == []
+    for _ in range(16):  # It waits too, in vain.
+        board.left = board.most
+        left = fleet.pass_time(5, range(64))
+        if left:
+            break
+    assert left == list(range(64))
+
+
+@pytest.mark.parametrize("moves_on", [True, False])
+def test_what_all_have_told_is_read_by_another_where_the_rank_that_read_it_stops(
+    tmp_path: Path, moves_on: bool
+) -> None:
+    fleet = Fleet(4, tmp_path)
+    fleet.pass_time(40, range(4))
+    assert fleet.board.texts["digest"].startswith("0 ")
+    for _ in range(60):  # 0 is stopped, or waits no longer; 3 saves.
+        fleet.bytes[3] += 2 * 2**20
+        fleet.bytes[0] += 2 * 2**20 * moves_on
+        assert fleet.pass_time(5, range(0 if moves_on else 1, 4)) == []
+    assert fleet.board.texts["digest"][0] in "12"
+    assert sorted(fleet.pass_time(100, [1, 2, 3])) == [1, 2, 3]
+
+
 def test_megabytes_that_are_written_are_progress_and_a_trickle_adds_up(tmp_path: Path) -> None:
     fleet = Fleet(2, tmp_path)
     for _ in range(40):
@@ -127,8 +171,22 @@ def test_a_rank_that_was_stopped_is_named_by_the_others(tmp_path: Path, capsys: 
     fleet.pass_time(5, [0, 1, 2])
     assert fleet.pass_time(80, [0, 1]) == [0, 1]
     said = capsys.readouterr().err
-    assert "  rank 2 does not answer; the last it told was training, step 3\n" in said
+    assert "  ranks 1, 2 do not answer; the last they told was training, step 3\n" in said
     assert not (tmp_path / "step3" / "rank_2.txt").exists()
+
+
+def test_many_ranks_that_do_not_answer_take_a_line_for_each_thing_they_did(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    fleet = Fleet(40, tmp_path)
+    fleet.dogs[39].at("saving", 3)
+    fleet.pass_time(5, range(40))
+    assert fleet.pass_time(80, [0]) == [0]
+    said = capsys.readouterr().err
+    assert "  ranks 1, 2, " in said
+    assert " and 22 more do not answer; the last they told was training, step 1\n" in said
+    assert "  rank 39 does not answer; the last it told was saving, step 3\n" in said
+    assert said.count("not answer") == 2
 
 
 def test_where_the_store_does_not_answer_every_rank_speaks_for_itself(
