@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import socket
 import statistics
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -75,8 +75,9 @@ class Comparison:
             for time, rank in zip(times, self._ranks, strict=True)
         ]
         lines = []
+        excesses = self._excesses(times, growth)
         for number, (time, rank) in enumerate(zip(times, self._ranks, strict=True)):
-            excess = self._excess(number, times, growth)
+            excess = excesses[number]
             is_slow = excess > max(SHARE * step_seconds, FLOOR_SECONDS)
             if not is_slow:
                 rank.past.append(time.seconds / num_samples)
@@ -93,13 +94,19 @@ class Comparison:
                 lines.append(self._line(number, time, excess, is_slow, f"since step {rank.since}, told after {last}"))
         return lines
 
-    def _excess(self, number: int, times: Sequence[OwnTime], growth: Sequence[float]) -> float:
-        """Seconds that a rank takes longer than its peers; without any, than before, beyond what all do."""
-        others = [other for other in range(len(times)) if other != number]
-        peers = [other for other in others if self._stages[other] == self._stages[number]]
-        if peers:
-            return times[number].seconds - statistics.median(times[peer].seconds for peer in peers)
-        return growth[number] - max(0.0, statistics.median(growth[other] for other in others))
+    def _excesses(self, times: Sequence[OwnTime], growth: Sequence[float]) -> list[float]:
+        """Seconds that each rank takes longer than its peers; without any, than before, beyond what all do."""
+        stages: dict[int, list[int]] = defaultdict(list)
+        for number, stage in enumerate(self._stages):
+            stages[stage].append(number)
+        of_all = medians_of_others(growth)
+        excesses = [own - max(0.0, others) for own, others in zip(growth, of_all, strict=True)]
+        for peers in stages.values():
+            if len(peers) > 1:
+                own = [times[peer].seconds for peer in peers]
+                for peer, seconds, others in zip(peers, own, medians_of_others(own), strict=True):
+                    excesses[peer] = seconds - others
+        return excesses
 
     def _line(self, number: int, time: OwnTime, excess: float, is_slow: bool, when: str) -> str:
         alone = self._stages.count(self._stages[number]) == 1
@@ -111,6 +118,19 @@ class Comparison:
         return (
             f"{self._name(number)} takes {1000 * excess:.0f} ms a step longer {than}, {share:.0f} % of it{data}; {when}"
         )
+
+
+def medians_of_others(values: Sequence[float]) -> list[float]:
+    """The median of all values but one, for each of them. One sort serves the thousands of ranks of a large run."""
+    order = sorted(range(len(values)), key=lambda index: values[index])
+    ranked = [values[index] for index in order]
+    count = len(values) - 1
+    low, high = (count - 1) // 2, count // 2
+    medians = [0.0] * len(values)
+    for place, index in enumerate(order):
+        # What lies behind the one that is left out moves up.
+        medians[index] = (ranked[low + (low >= place)] + ranked[high + (high >= place)]) / 2
+    return medians
 
 
 class Stragglers:

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import random
+import statistics
+import time
+
+import pytest
+
 from megalm.topology.topology import Topology
-from megalm.train.stragglers import Comparison, OwnTime, Stragglers
+from megalm.train.stragglers import Comparison, OwnTime, Stragglers, medians_of_others
 
 
 class Told:
@@ -26,6 +32,33 @@ def test_a_slow_rank_is_told_once_when_it_begins_and_when_it_ends() -> None:
     begins = "rank 2 takes 205 ms a step longer than the others of its stage, 20 % of it; since step 11, told after 40"
     ends = "rank 2 takes no longer than the others of its stage any more, since step 51, told after 80"
     assert lines == [[], [], [], [begins], [], [], [], [ends], []]
+
+
+@pytest.mark.parametrize("size", [2, 3, 4, 7, 16])
+def test_medians_of_others_are_those_of_the_lists_without_each(size: int) -> None:
+    numbers = random.Random(size)
+    values = [float(numbers.randrange(10)) for _ in range(size)]
+    assert medians_of_others(values) == [
+        statistics.median(values[:index] + values[index + 1 :]) for index in range(size)
+    ]
+
+
+@pytest.mark.parametrize("num_stages", [1, 16])
+def test_thousands_of_ranks_are_compared_in_a_moment(num_stages: int) -> None:
+    """Every rank does it, every few steps: it may grow with the ranks, and not with their square."""
+
+    def seconds(num_ranks: int) -> float:
+        told = Told([rank % num_stages for rank in range(num_ranks)])
+        numbers = random.Random(0)
+        own = [numbers.uniform(500.0, 510.0) for _ in range(num_ranks)]
+        durations = []
+        for _ in range(3):
+            started = time.process_time()
+            assert told.window(*own) == []
+            durations.append(time.process_time() - started)
+        return min(durations)
+
+    assert seconds(4096) < 24 * seconds(512)  # 8 times where it grows with them, 64 with their square
 
 
 def test_two_slow_windows_are_not_told() -> None:
