@@ -94,8 +94,10 @@ def _built_by_one(entry: Entry, build: Callable[[], Arrays], *, log: Callable[[s
     Raises: OSError if the folder cannot be written.
     """
     path = entry.path
-    # What is done under the lock is right without it, too: elsewhere it is made twice.
-    with folder_lock(entry.folder) as is_alone:
+    found = _identity(path)
+    # What is done under the lock is right without it, too: elsewhere it is made twice. Who waits reads what was built
+    # as soon as it is there, side by side with the others: one after the other thousands would take an hour.
+    with folder_lock(entry.folder, is_needless=lambda: _identity(path) not in (None, found)) as is_alone:
         if os.path.lexists(path):
             try:
                 return read_entry(entry)
@@ -112,6 +114,15 @@ def _built_by_one(entry: Entry, build: Callable[[], Arrays], *, log: Callable[[s
             return read_entry(entry)
         except DataError:
             return built
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """What tells a folder from another one that has its name later; None if there is none."""
+    try:
+        status = os.lstat(path)
+    except OSError:
+        return None
+    return status.st_ino, status.st_mtime_ns
 
 
 def _remove(path: Path) -> None:

@@ -5,15 +5,17 @@ import multiprocessing
 import os
 import re
 import shutil
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 
-from megalm.data import map_cache
+from megalm.data import array_cache, map_cache
 from megalm.data.array_cache import Entry
 from megalm.data.blend import deal, normalised
 from megalm.data.folder_lock import folder_lock
@@ -127,6 +129,38 @@ def test_of_many_processes_at_once_one_builds(tmp_path: Path) -> None:
     assert run_at_once([(tmp_path, tmp_path / "count")] * 8) == [0] * 8
     assert len(entries(tmp_path)) == 1
     assert (tmp_path / "count").read_text().splitlines() == ["built"]
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_those_who_waited_read_what_was_built_side_by_side(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damaged: bool
+) -> None:
+    """Thousands of ranks that read a map of gigabytes one after the other would take an hour."""
+    if damaged:
+        cached(tmp_path)
+        (entry,) = entries(tmp_path)
+        (entry / "map.json").write_text("{")
+    together = threading.Barrier(4, timeout=20.0)
+    read, build = array_cache.read_entry, map_cache.build_sample_map
+    builders: list[int] = []
+
+    def read_with_the_others(entry: Entry) -> dict[str, npt.NDArray[np.int64]]:
+        found = read(entry)
+        if threading.get_ident() not in builders:
+            together.wait()
+        return found
+
+    def build_slowly(*arguments: object, **options: object) -> SampleMap:
+        builders.append(threading.get_ident())
+        time.sleep(1.0)
+        return build(*arguments, **options)
+
+    monkeypatch.setattr(array_cache, "read_entry", read_with_the_others)
+    monkeypatch.setattr(map_cache, "build_sample_map", build_slowly)
+    with ThreadPoolExecutor(5) as threads:
+        found = [job.result() for job in [threads.submit(cached, tmp_path) for _ in range(5)]]
+    assert len(builders) == 1
+    assert len({one.shuffle.tobytes() for one in found}) == 1
 
 
 def test_hosts_that_share_no_folder_build_once_each(tmp_path: Path) -> None:
