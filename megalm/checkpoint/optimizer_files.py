@@ -71,6 +71,7 @@ class OptimizerFiles:
         self._folder = folder
         self._tp_size = tp_size
         self._names = _local_names(shape)
+        self._last_layer = max(weight.layer for weight in self._names.values())
         self._model_ranks = sorted(
             {rank for path in folder.iterdir() if (rank := layout.parse_model_file(path.name)) is not None}
         )
@@ -92,11 +93,19 @@ class OptimizerFiles:
 
         Raises: CheckpointError if there is none.
         """
-        for mp_rank in range(tp_rank, max([*self._model_ranks, *self._partitions]) + 1, self._tp_size):
+        for stage in self._likely_stages(weight):
+            mp_rank = layout.model_rank(pp_rank=stage, tp_rank=tp_rank, tp_size=self._tp_size)
             found = self._of_rank(mp_rank).get(weight.name)
             if found is not None:
                 return found()
         raise CheckpointError(f"{self._folder} has no optimizer state of {weight.name} for tensor rank {tp_rank}")
+
+    def _likely_stages(self, weight: Weight) -> list[int]:
+        """Stages in the order in which to look for a weight. Each costs opening the files of all its replicas, and
+        thousands of ranks look at once. What the first and the last stage both hold is found in the first."""
+        num_stages = max([*self._model_ranks, *self._partitions]) // self._tp_size + 1
+        likely = weight.layer * num_stages // (self._last_layer + 1)
+        return sorted(range(num_stages), key=lambda stage: abs(stage - likely))
 
     def state_of_copies(self, weight: Weight) -> LocalState:
         """The state of a weight that all tensor ranks hold alike; the mean, where their copies were found to differ."""
