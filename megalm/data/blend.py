@@ -99,6 +99,16 @@ def numbered_within(choices: npt.NDArray[Any]) -> npt.NDArray[Any]:
     return numbers
 
 
+def samples_of_each(choices: npt.NDArray[Any], num_corpora: int) -> list[int]:
+    """How many samples each corpus gives. numpy counts in a copy of 8 bytes a sample, which every rank of a host would
+    make of an order of gigabytes that they share: so run after run."""
+    counts = np.zeros(num_corpora, np.int64)
+    for at in range(0, len(choices), NUMBERING_RUN):
+        counts += np.bincount(choices[at : at + NUMBERING_RUN], minlength=num_corpora)
+    found: list[int] = counts.tolist()
+    return found
+
+
 @dataclass(frozen=True)
 class Dealing:
     """Which corpus gives each sample of a blend, and which of its samples."""

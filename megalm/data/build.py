@@ -6,10 +6,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
-
 from megalm.config.data import DataConfig
-from megalm.data.blend import Blend, normalised
+from megalm.data.blend import Blend, normalised, samples_of_each
 from megalm.data.draws import Draw, duplicates, leaks, shortfalls, table
 from megalm.data.gpt_dataset import GPTDataset
 from megalm.data.indexed import IndexedDataset, shown, sidecar_path
@@ -178,7 +176,7 @@ class _Builder:
             cache_path=self.data.cache_path,
             log=self._warn,
         )
-        used = np.bincount(dealing.choices, minlength=len(parts)).tolist()
+        used = samples_of_each(dealing.choices, len(parts))
         corpora, draws = [], []
         for (member, split_range), weight, uses in zip(parts, weights, used, strict=True):
             # The surplus of the other trainers is too small for few samples: there they fail and we ask for more.

@@ -106,8 +106,6 @@ def _cut(
     and adding the counts up gives the index of every sample, in runs of documents that stay in the processor's cache.
     """
     samples = np.zeros((num_samples + 1, 2), np.int32 if len(documents) <= SMALL else np.int64)
-    # Where the document in which a sample starts begins itself, in tokens of the stream.
-    begins = np.zeros(num_samples + 1, np.int64)
     end = 0
     filled = 1
     for at in range(0, len(documents), RUN):
@@ -120,10 +118,11 @@ def _cut(
             counts = np.bincount(np.clip(first - filled, 0, stop - filled), minlength=stop - filled + 1)
             index = counts[: stop - filled].cumsum()
             samples[filled:stop, 0] = index + at
-            begins[filled:stop] = np.where(index > 0, ends[index - 1], end)
+            # Where the document in which a sample starts begins itself, in tokens of the stream.
+            begins = np.where(index > 0, ends[index - 1], end)
+            samples[filled:stop, 1] = np.arange(filled, stop, dtype=np.int64) * seq_length - begins
             filled = stop
         end = int(ends[-1])
-    samples[1:, 1] = np.arange(1, num_samples + 1, dtype=np.int64) * seq_length - begins[1:]
     return samples
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import tracemalloc
 from collections.abc import Sequence
 
 import numpy as np
@@ -9,7 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from megalm.data import blend
-from megalm.data.blend import Blend, largest_deficit, normalised, numbered_within
+from megalm.data.blend import Blend, largest_deficit, normalised, numbered_within, samples_of_each
 
 
 def slow_order(weights: Sequence[float], num_samples: int) -> list[int]:
@@ -77,3 +78,16 @@ def test_blend_reads_every_corpus_in_order_without_a_gap() -> None:
     values = [int(dealt[i][0]) for i in range(len(dealt))]
     assert [value for value in values if value < 10_000] == list(range(100))
     assert [value for value in values if value >= 10_000] == list(range(10_000, 10_300))
+
+
+def test_samples_of_each_corpus_are_counted_without_a_copy_of_the_order() -> None:
+    choices = np.random.default_rng(1).integers(0, 5, 4_000_001).astype(np.int16)
+    tracemalloc.start()
+    try:
+        counts = samples_of_each(choices, 7)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert counts == np.bincount(choices, minlength=7).tolist()
+    assert peak < 8_000_000  # 8 bytes a sample are 32
+    assert samples_of_each(choices[:0], 2) == [0, 0]
