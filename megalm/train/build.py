@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 from collections.abc import Iterator
 from functools import partial
 
@@ -18,7 +17,7 @@ from megalm.errors import DeviceMemoryError
 from megalm.models.flops import flops_per_token, parameter_count
 from megalm.parallel.random import RngStreams
 from megalm.telemetry.console import Console
-from megalm.topology.agree import exchange, together
+from megalm.topology.agree import exchange, lines_of_all, together
 from megalm.topology.start import SECONDS_TO_PART, allow_collectives, meet, start, stop
 from megalm.topology.topology import Topology
 from megalm.train.assembly import assemble_engine, assemble_module
@@ -116,10 +115,9 @@ def build(plan: Plan, topology: Topology, *, watchdog: Watchdog) -> Run:
     for line in datasets.report:
         console.info(line)
     orders = sample_orders(datasets)
-    warnings, orders_of_ranks = zip(*exchange((datasets.warnings, orders), topology.world), strict=True)
-    for line in dict.fromkeys(itertools.chain(*warnings)):
+    for line in lines_of_all(datasets.warnings, topology.world):
         console.warning(line)
-    check_same_samples(orders_of_ranks)
+    check_same_samples(exchange(orders, topology.world))
     watchdog.starts("building the model")
     streams = RngStreams(config.training.seed, tp=topology.tp, pp=topology.pp, dp=topology.dp, device=topology.device)
     module, attention = assemble_module(plan, topology, streams, console)

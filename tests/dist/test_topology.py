@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+
 import pytest
 
 from megalm.topology.start import Launch, allow_collectives, start
@@ -45,6 +47,34 @@ def _limits_of_groups() -> list[float]:
     groups = [topology.world.handle, topology.tp.handle, later]
     cpu = torch.device("cpu")
     return [group._get_backend(cpu).options._timeout.total_seconds() / 60.0 for group in groups]
+
+
+def _lines_of_all(lists: list[list[str]]) -> tuple[list[str], int]:
+    """What all would say, and the bytes that this rank would have gathered of every rank."""
+    import torch.distributed
+
+    from megalm.topology.agree import lines_of_all
+
+    topology = start(Launch.from_environment(), tp=1, pp=1)
+    gather, gathered = torch.distributed.all_gather_object, []
+
+    def gather_object(values: list[object], value: object, **options: object) -> None:
+        gathered.append(len(pickle.dumps(value)))
+        gather(values, value, **options)
+
+    torch.distributed.all_gather_object = gather_object
+    return lines_of_all(lists[topology.world.rank], topology.world), sum(gathered)
+
+
+@pytest.mark.parametrize("own", [[], ["of a host"], ["of a host", "of another host"]])
+def test_lines_that_many_ranks_would_say_travel_once(own: list[str]) -> None:
+    common = [f"corpus {number} was tokenized without an end of document" for number in range(500)]
+    lists = [common] * 4
+    for rank, line in zip((2, 1), own, strict=False):
+        lists[rank] = [*common, line]
+    for lines, num_bytes in run_ranks(_lines_of_all, 4, lists):
+        assert sorted(lines) == sorted([*common, *own])
+        assert num_bytes < 200
 
 
 def test_the_limit_of_collectives_holds_for_groups_that_come_later() -> None:
