@@ -78,11 +78,12 @@ def reshape_checkpoint(
                 rank = layout.model_rank(pp_rank=stage, tp_rank=tp_rank, tp_size=tp_size)
                 state = {**counters, "module": None, "optimizer": None, "dp_world_size": 1}
                 records.append(write_tensors(folder / layout.model_file(rank), state))
-                if optimizer.exists:
-                    own = _weights_of_stage(source, stage, pp_size)
-                    records.append(_write_partition(source, optimizer, own, folder, rank, tp_rank, tp_size))
+            if optimizer.exists:
+                own = _weights_of_stage(source, stage, pp_size)
+                for tp_rank, record in enumerate(_write_partitions(source, optimizer, own, folder, stage, tp_size)):
+                    records.append(record)
                     if progress is not None:
-                        progress(f"optimizer of stage {stage}, tensor rank {tp_rank}", records[-1].bytes)
+                        progress(f"optimizer of stage {stage}, tensor rank {tp_rank}", record.bytes)
         write_descriptions(source, folder, manifest, records)
     return destination / layout.step_folder(source.manifest.step)
 
@@ -149,55 +150,56 @@ def _weights_of_stage(source: Source, stage: int, pp_size: int) -> list[Weight]:
     return [weight for weight in weight_table(source.shape) if stage_of(weight) == stage]
 
 
-def _write_partition(
-    source: Source,
-    optimizer: OptimizerFiles,
-    weights: list[Weight],
-    folder: Path,
-    rank: int,
-    tp_rank: int,
-    tp_size: int,
-) -> FileRecord:
-    """One rank's optimizer state as ZeRO-1 has it on one data rank: matrices flat, and vectors flat."""
+def _write_partitions(
+    source: Source, optimizer: OptimizerFiles, weights: list[Weight], folder: Path, stage: int, tp_size: int
+) -> Iterator[FileRecord]:
+    """The optimizer states of a stage's tensor ranks as ZeRO-1 has them on one data rank: matrices flat, and vectors
+    flat. Each state is read whole once, and cut into files that the ranks' partitions are then written from."""
     settings = parameter_groups(source, optimizer)
     groups = [[w for w in weights if (len(w.shape) >= 2) == matrices] for matrices in (True, False)]
-    masters, mappings, moments = [], [], {}
-    scratch: list[Path] = []
+    ranks = [layout.model_rank(pp_rank=stage, tp_rank=tp_rank, tp_size=tp_size) for tp_rank in range(tp_size)]
+    scratch: dict[tuple[int, int, str], Path] = {}
+    flat: dict[tuple[int, int, str], Tensor] = {}
+    mappings: list[OrderedDict[str, FragmentAddress]] = []
+    steps = []
     for number, group in enumerate(groups):
         counts = [w.numel if w.partition_dim is None else w.numel // tp_size for w in group]
-        paths = {key: folder / f"scratch_{rank}_{number}_{key}" for key in (MASTER, *MOMENTS)}
-        scratch += paths.values()
-        flat = {
-            key: torch.from_file(str(path), shared=True, size=sum(counts), dtype=torch.float32)
-            for key, path in paths.items()
-        }
+        for rank in ranks:
+            for key in (MASTER, *MOMENTS):
+                path = scratch[rank, number, key] = folder / f"scratch_{rank}_{number}_{key}"
+                flat[rank, number, key] = torch.from_file(str(path), shared=True, size=sum(counts), dtype=torch.float32)
         addresses: OrderedDict[str, FragmentAddress] = OrderedDict()
         offset, step = 0, 0.0
         for weight, count in zip(group, counts, strict=True):
-            for key, target in flat.items():
+            for key in (MASTER, *MOMENTS):
                 whole = whole_state(source, optimizer, weight, key)
-                part = shard(weight, whole, tp_rank=tp_rank, tp_size=tp_size)
-                target[offset : offset + count].copy_(part.reshape(-1))
+                for tp_rank, rank in enumerate(ranks):
+                    part = shard(weight, whole, tp_rank=tp_rank, tp_size=tp_size)
+                    flat[rank, number, key][offset : offset + count].copy_(part.reshape(-1))
             step = optimizer.state(weight, 0).step
             addresses[pipeline_name(weight, source.shape)] = FragmentAddress(numel=count, start=offset)
             offset += count
-        masters.append(flat[MASTER])
         mappings.append(addresses)
-        moments[number] = {"step": torch.tensor(step), **{key: flat[key] for key in MOMENTS}}
-    state = {
-        "base_optimizer_state": {
-            "state": moments,
-            "param_groups": [{**group, "params": [number]} for number, group in enumerate(settings)],
-        },
-        "single_partition_of_fp32_groups": masters,
-        "param_slice_mappings": mappings,
-        **loss_scaler_state(optimizer),
-    }
-    name = layout.optimizer_file(dp_rank=0, mp_rank=rank, bf16=source.dtype == "bf16")
-    record = write_tensors(folder / name, {"optimizer_state_dict": state})
-    for path in scratch:
-        unlink(path)
-    return record
+        steps.append(step)
+    for rank in ranks:
+        moments = {
+            number: {"step": torch.tensor(step), **{key: flat.pop((rank, number, key)) for key in MOMENTS}}
+            for number, step in enumerate(steps)
+        }
+        state = {
+            "base_optimizer_state": {
+                "state": moments,
+                "param_groups": [{**group, "params": [number]} for number, group in enumerate(settings)],
+            },
+            "single_partition_of_fp32_groups": [flat.pop((rank, number, MASTER)) for number in range(len(groups))],
+            "param_slice_mappings": mappings,
+            **loss_scaler_state(optimizer),
+        }
+        name = layout.optimizer_file(dp_rank=0, mp_rank=rank, bf16=source.dtype == "bf16")
+        yield write_tensors(folder / name, {"optimizer_state_dict": state})
+        for number in range(len(groups)):
+            for key in (MASTER, *MOMENTS):
+                unlink(scratch[rank, number, key])
 
 
 def parameter_groups(source: Source, optimizer: OptimizerFiles) -> list[dict[str, Any]]:

@@ -10,10 +10,12 @@ import torch
 from megalm.checkpoint import layout
 from megalm.checkpoint.find import find_checkpoint
 from megalm.checkpoint.inspection import inspect_checkpoint
+from megalm.checkpoint.optimizer_files import MASTER, MOMENTS, OptimizerFiles
 from megalm.checkpoint.reshape import reshape_checkpoint
 from megalm.checkpoint.roll_backs import KEY as ROLL_BACKS
 from megalm.checkpoint.source import open_checkpoint
 from megalm.errors import CheckpointError
+from megalm.models.gpt.weights import Weight, weight_table
 from tests.support.bigscience import STEP, write_bigscience
 from tests.support.checkpoints import bloom_config, gptmeg_config, write_checkpoint
 
@@ -38,6 +40,22 @@ def test_a_reshaped_checkpoint_holds_the_same_weights_and_moments(
             assert torch.equal(files.whole(weight, key), expected), (weight.name, key)
         assert files.state(weight, 0).step == STEP
     assert source.train_state["consumed_samples"] == 28
+
+
+def test_each_state_is_read_once_whatever_the_sizes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a model of 176 billion parameters they are 2 TB, which each of 8 tensor ranks would read anew."""
+    write_bigscience(tmp_path / "old" / "global_step7", bloom_config())
+    whole, read = OptimizerFiles.whole, []
+
+    def counted(files: OptimizerFiles, weight: Weight, key: str) -> torch.Tensor:
+        read.append((weight.name, key))
+        return whole(files, weight, key)
+
+    monkeypatch.setattr(OptimizerFiles, "whole", counted)
+    path = reshape_checkpoint(tmp_path / "old" / "global_step7", tmp_path / "new", tp_size=4, pp_size=2)
+    weights = weight_table(open_checkpoint(path).shape)
+    assert sorted(read) == sorted((weight.name, key) for weight in weights for key in (MASTER, *MOMENTS))
+    assert not list(path.glob("scratch_*"))
 
 
 def test_weights_alone_are_reshaped_too(tmp_path: Path) -> None:
