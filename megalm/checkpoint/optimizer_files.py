@@ -6,6 +6,7 @@ partitions of the fp32 weights and of Adam's moments, and which weight lies wher
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -132,6 +133,24 @@ class OptimizerFiles:
             part = self.state(weight, rank).pieces[key].range(0, count).view(shape)
             parts.append(in_current_order(weight, part, version=version, head_size=head_size))
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=weight.partition_dim)
+
+    def rows(self, weight: Weight, key: str, rows: range) -> Tensor:
+        """Some rows of one of a weight's states, of the parts that tensor ranks have; no other bytes are touched.
+
+        Rows of query_key_value as they are now must be the stored ones: see `in_current_order`.
+        """
+        assert weight.partition_dim is not None
+        shape = list(weight.shape)
+        shape[weight.partition_dim] //= self._tp_size
+        width = math.prod(shape[1:])
+        found = []
+        for rank in range(self._tp_size):
+            first = rank * shape[0] if weight.partition_dim == 0 else 0
+            low, high = max(rows.start - first, 0), min(rows.stop - first, shape[0])
+            if low < high:
+                part = self.state(weight, rank).pieces[key].range(low * width, high * width)
+                found.append(part.view(high - low, *shape[1:]))
+        return found[0] if len(found) == 1 else torch.cat(found, dim=weight.partition_dim)
 
     def loss_scaler(self) -> dict[str, Any] | None:
         """Attributes of the fp16 loss scaler, if one was saved."""

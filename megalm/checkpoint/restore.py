@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -86,12 +87,29 @@ class Restorer:
                 part = flat[owned[0] : owned[1]] if key == MASTER else None
             elif same:
                 part = pieces[key].range(*owned)
+            elif stored.shape == weight.shape and self._layers.qkv_version >= CURRENT:
+                part = self._owned_of_others_shards(self._files, weight, key, range(*owned))
             else:
                 whole = self._fitted(self._files.whole(stored, key), stored, weight, parameter, key)
                 part = shard(weight, whole, tp_rank=self._tp.rank, tp_size=self._tp.size).reshape(-1)[slice(*owned)]
             if part is not None:
                 state.put(parameter, key, part)
         state.put_step(parameter, step)
+
+    def _owned_of_others_shards(self, files: OptimizerFiles, weight: Weight, key: str, owned: range) -> Tensor:
+        """What this rank keeps of a weight that is cut over another number of tensor ranks: of a stage's states, whose
+        hundreds of gigabytes each of its ranks would otherwise read, the rows that it lies in."""
+        shape = list(weight.shape)
+        assert weight.partition_dim is not None
+        shape[weight.partition_dim] //= self._tp.size
+        width = math.prod(shape[1:])
+        rows = range(owned.start // width, -(-owned.stop // width))
+        first = self._tp.rank * shape[0] if weight.partition_dim == 0 else 0
+        found = files.rows(weight, key, range(first + rows.start, first + rows.stop))
+        if weight.partition_dim == 1:
+            found = found.narrow(1, self._tp.rank * shape[1], shape[1])
+        start = rows.start * width
+        return found.reshape(-1)[owned.start - start : owned.stop - start]
 
     @property
     def _source_rank(self) -> int:
