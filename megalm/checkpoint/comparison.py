@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,8 @@ from torch import Tensor
 from megalm.checkpoint.optimizer_files import MASTER, MOMENTS
 from megalm.checkpoint.source import Source, open_checkpoint
 from megalm.models.gpt.weights import weight_table
+
+BLOCK_ELEMENTS = 2**22
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,7 @@ def tensor_reports(checkpoint: Path, *, optimizer: bool = True) -> Iterator[Tens
     """Every weight, and with `optimizer` its fp32 master and moments. Holds one layer at a time."""
     for name, tensor in _tensors(open_checkpoint(checkpoint), optimizer=optimizer):
         dtype = str(tensor.dtype).removeprefix("torch.")
-        yield TensorReport(name, dtype, tuple(tensor.shape), tensor.double().norm().item())
+        yield TensorReport(name, dtype, tuple(tensor.shape), _norm(tensor))
 
 
 def tensor_differences(
@@ -126,9 +129,23 @@ def _without_twins(tensors: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str,
 def _difference(name: str, ours: Tensor, theirs: Tensor) -> TensorDifference | None:
     if ours.shape != theirs.shape:
         return TensorDifference(f"{name} ({list(ours.shape)} and {list(theirs.shape)})", float("inf"), float("inf"))
-    delta = ours.double() - theirs.double()
-    largest = delta.abs().max().item()
-    if largest == 0.0:
+    largest = torch.zeros((), dtype=torch.float64)
+    squares = 0.0
+    for own, other in zip(_blocks(ours), _blocks(theirs), strict=True):
+        delta = own.double() - other.double()
+        largest = torch.maximum(largest, delta.abs().max())  # of NaN, it is NaN
+        squares += delta.square().sum().item()
+    if largest.item() == 0.0:
         return None
-    norm = ours.double().norm().item()
-    return TensorDifference(name, largest, delta.norm().item() / norm if norm else float("inf"))
+    norm = _norm(ours)
+    return TensorDifference(name, largest.item(), math.sqrt(squares) / norm if norm else float("inf"))
+
+
+def _norm(tensor: Tensor) -> float:
+    """The 2-norm, in fp64."""
+    return math.sqrt(sum(block.double().square().sum().item() for block in _blocks(tensor)))
+
+
+def _blocks(tensor: Tensor) -> Iterator[Tensor]:
+    """The elements, some at a time: a vocabulary's table in fp64, and what is computed of it, are gigabytes each."""
+    return iter(tensor.reshape(-1).split(BLOCK_ELEMENTS) if tensor.numel() else ())

@@ -50,3 +50,28 @@ def test_weights_of_one_kind_that_one_side_lacks_are_named_and_no_others(
     where = "second" if swapped else "first"
     expected = [f"{name} (in the {where} alone)" for name in whole if name.startswith(("n.", "head"))]
     assert _names(monkeypatch, *((less, whole) if swapped else (whole, less))) == expected
+
+
+def test_tensors_larger_than_memory_in_fp64_are_compared_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The vocabulary's table of BLOOM-176B has 3.6e9 elements: 29 GB for each result of fp64 that is as large."""
+    generator = torch.Generator().manual_seed(1)
+    ours, theirs = (torch.randn(7, 5, generator=generator) for _ in range(2))
+    delta, norm = ours.double() - theirs.double(), ours.double().norm().item()
+    monkeypatch.setattr(comparison, "BLOCK_ELEMENTS", 4)
+    widened: list[int] = []
+    double = torch.Tensor.double
+
+    def counted(tensor: torch.Tensor) -> torch.Tensor:
+        widened.append(tensor.numel())
+        return double(tensor)
+
+    monkeypatch.setattr(torch.Tensor, "double", counted)
+    found = comparison._difference("a", ours, theirs)
+    assert found is not None
+    assert found.largest == delta.abs().max().item()
+    assert found.relative == pytest.approx(delta.norm().item() / norm, rel=1e-12)
+    assert comparison._difference("a", ours, ours.clone()) is None
+    broken = comparison._difference("a", ours, torch.where(ours == ours[3, 3], torch.nan, ours))
+    assert broken is not None
+    assert broken.largest != broken.largest
+    assert max(widened) == 4
