@@ -110,41 +110,51 @@ def set_aside(path: Path, first_step: int) -> Path | None:
 
 def _take_back(path: Path, last_step: float) -> None:
     """Move what happened after `last_step` out of the record, since it will happen again, and drop a line cut short."""
-    kept: list[str] = []
     discarded: list[str] = []
-    for line, record in _whole_lines(path):
-        (kept if record["step"] <= last_step else discarded).append(line)
+    beside = path.with_name(path.name + ".tmp")
+    try:
+        with beside.open("w", encoding="utf-8", newline="\n") as file:
+            for line, record in _whole_lines(path):
+                if record["step"] <= last_step:
+                    file.write(line)
+                else:
+                    discarded.append(line)
+            file.flush()
+            os.fsync(file.fileno())
+    except DataError:
+        beside.unlink()
+        raise
     if discarded:
         with path.with_name(path.name + ".discarded").open("a", encoding="utf-8") as file:
             file.writelines(discarded)
-    beside = path.with_name(path.name + ".tmp")
-    with beside.open("w", encoding="utf-8") as file:
-        file.writelines(kept)
-        file.flush()
-        os.fsync(file.fileno())
     os.replace(beside, path)
 
 
 def _whole_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Lines with their records, one in memory at a time: a long run has hundreds of megabytes of them."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        with path.open(encoding="utf-8", newline="\n") as file:
+            for number, line in enumerate(file, start=1):
+                if not line.endswith("\n"):
+                    return
+                yield line, _record_in(line, number, path)
     except FileNotFoundError:
         raise DataError(f"there is no metrics file {path}\n  a run writes one as <save>/metrics.jsonl") from None
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path} cannot be read: {error}\n  a run writes one as <save>/metrics.jsonl") from error
-    for number, line in enumerate(lines, start=1):
-        if not line.endswith("\n"):
-            return
-        try:
-            record = json.loads(line)
-            if not isinstance(record["step"], int) or not isinstance(record["kind"], str):
-                raise TypeError
-        except (ValueError, TypeError, KeyError):
-            raise DataError(
-                f"line {number} of {path} is not a record of metrics: {line.strip()[:80]!r}\n"
-                "  every line is a JSON object with kind and step; move the file away or remove the line"
-            ) from None
-        yield line, record
+
+
+def _record_in(line: str, number: int, path: Path) -> dict[str, Any]:
+    try:
+        record: dict[str, Any] = json.loads(line)
+        if not isinstance(record["step"], int) or not isinstance(record["kind"], str):
+            raise TypeError
+    except (ValueError, TypeError, KeyError):
+        raise DataError(
+            f"line {number} of {path} is not a record of metrics: {line.strip()[:80]!r}\n"
+            "  every line is a JSON object with kind and step; move the file away or remove the line"
+        ) from None
+    return record
 
 
 def _jsonable(record: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import errno
 import io
 import json
 import math
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +118,20 @@ def test_resume_at_the_last_step_changes_no_earlier_line(tmp_path: Path) -> None
     write_steps(path, 5, 6, resume_step=4)
     assert path.read_bytes().startswith(before)
     assert not (tmp_path / "metrics.jsonl.discarded").exists()
+
+
+def test_a_long_record_is_taken_back_line_by_line(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    line = json.dumps({"kind": "train", "step": 1, "loss": 2.0, "comment": "x" * 900}) + "\n"
+    path.write_text(line * 10_000)
+    tracemalloc.start()
+    try:
+        MetricLog(path, resume_step=1).close()
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 1_000_000  # of 9.5 MB, of which there were three copies
+    assert len(path.read_text().splitlines()) == 10_001
 
 
 def test_line_cut_short_by_a_crash_is_dropped(tmp_path: Path) -> None:
