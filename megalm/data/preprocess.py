@@ -56,9 +56,10 @@ class Job:
         level = "document" if self.recipe.split_sentences is None else "sentence"
         return f"{self.output_prefix}_{key}_{level}"
 
-    @property
+    @cached_property
     def identity(self) -> dict[str, Any]:
-        """What decides the bytes: an attempt that differs in it cannot go on from another's journal."""
+        """What decides the bytes: an attempt that differs in it cannot go on from another's journal. Files as they were
+        when it began: later ones are not what was read, and a journal comes too often to look at all of them."""
         stats = [(str(source.path), source.size_bytes, source.path.stat().st_mtime_ns) for source in self.sources]
         return {
             "sources": stats,
@@ -113,8 +114,8 @@ class _Work:
         self.started = time.monotonic()
 
     def run(self) -> Progress:
-        job = self.job
-        saved = read_journal(job.journal, job.identity) if job.resume else None
+        job, identity = self.job, self.job.identity
+        saved = read_journal(job.journal, identity) if job.resume else None
         if saved:
             self.position = Position(**saved["position"])
             self.progress = Progress(**saved["progress"])

@@ -61,6 +61,24 @@ def texts() -> list[str]:
     return ["".join(draw.choices("abc äé\n", k=draw.randrange(60))) for _ in range(300)]
 
 
+def test_a_journal_is_of_the_files_as_they_were_at_the_start(tmp_path: Path, texts: list[str]) -> None:
+    """There may be 100,000 of them, and a journal every five seconds; one that changes is not gone on with."""
+    sources = [write_lines(tmp_path / f"{name}.jsonl", texts[:50]) for name in "ab"]
+    blocks_done = []
+
+    def change_and_stop(progress: Progress) -> None:
+        blocks_done.append(progress)
+        if len(blocks_done) == 3:
+            os.utime(sources[0], (1, 1))
+        if len(blocks_done) == 6:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(sources, tmp_path / "out", report=change_and_stop, block_bytes=100, journal_seconds=0.0)
+    with pytest.raises(DataError, match="cannot resume: sources changed"):
+        run(sources, tmp_path / "out", resume=True)
+
+
 def test_corpus_holds_every_document_with_its_end(tmp_path: Path, texts: list[str]) -> None:
     done = run([write_lines(tmp_path / "a.jsonl", texts)], tmp_path / "out")
     assert read_by_description(tmp_path / "out_text_document") == [[[*text.encode(), EOD]] for text in texts if text]
