@@ -218,6 +218,8 @@ def build_engine(
         )
         if raw.communication_data_type == torch.float32:
             raw._bf16_reduce_grads = sums.average
+    if raw.fp16_enabled():
+        _update_before_the_scale_grows(raw.optimizer)
     if topology.tp.size > 1:
         _look_at_replicas_too(raw.optimizer)
     if isinstance(raw.optimizer, DeepSpeedZeroOptimizer) and raw.optimizer.cpu_offload:
@@ -230,6 +232,26 @@ def build_engine(
         # DeepSpeed would copy all gradients together and back to add up those of one replica.
         raw.pipeline_enable_backward_allreduce = False
     return PipelineTrainingEngine(raw, topology, None if sums is None or graph is None else graph(raw, sums))
+
+
+def _update_before_the_scale_grows(optimizer: Any) -> None:
+    """Have DeepSpeed's ZeRO raise fp16's loss scale after the update by gradients of the scale before.
+
+    DeepSpeed 0.19 raises it first and divides them by the new scale: each time an update by half the gradients, and at
+    stage 3 half their norm. Where the scale falls there is no update.
+    """
+    update_scale, update = optimizer._update_scale, optimizer.step
+
+    def lower_scale(has_overflow: bool = False) -> None:
+        if has_overflow:
+            update_scale(has_overflow)
+
+    def step(closure: Any = None) -> None:
+        update(closure)
+        if not optimizer.overflow:
+            update_scale(False)
+
+    optimizer._update_scale, optimizer.step = lower_scale, step
 
 
 def _look_at_replicas_too(optimizer: Any) -> None:

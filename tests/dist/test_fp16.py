@@ -1,0 +1,92 @@
+"""fp16: the loss is scaled, an overflow on one rank leaves the update out on all, and the training is that of fp32."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.support.ranks import run_ranks
+from tests.support.tiny_run import MODEL_FLAGS, TRAINING_FLAGS, write_corpus
+
+pytestmark = pytest.mark.dist
+
+TP2 = ["--tensor-model-parallel-size", "2"]
+PP2 = ["--pipeline-model-parallel-size", "2"]
+# A norm of the first steps that is clipped, and of the later ones that is not.
+FLAGS = ["--clip-grad", "0.9", "--train-iters", "9", "--lr-decay-iters", "20"]
+FP16 = ["--fp16", "--initial-loss-scale", "256", "--loss-scale-window", "2"]
+OVERFLOWS = (4, 5)
+# It grows after steps 3, 8; of two overflows hysteresis lets the first pass.
+SCALES = [256.0, 256.0, 512.0, 512.0, 256.0, 256.0, 256.0, 512.0, 512.0]
+# fp16 rounds by 2^-11 = 4.9e-4 at most; in 20 steps of every layout losses and norms differed by 1.3e-4 of fp32's. Half
+# the gradients in one update differ by 2e-3 and more.
+RELATIVE = 5e-4
+
+
+def _training(flags: list[str], victim: int, steps: tuple[int, ...]) -> tuple[list[tuple[Any, ...]], str]:
+    """Loss, norm, scale of every step and whether it was left out, and how the run ended; in `steps` the gradient of a
+    vector is infinite on rank `victim`."""
+    import torch
+
+    from megalm.config.parse import parse_command_line
+    from megalm.errors import DivergedError
+    from megalm.train.build import running
+    from megalm.train.loop import train
+    from megalm.train.prepare import prepare
+    from tests.support.half import allow_fp16
+    from tests.support.tiny_run import Collector
+
+    allow_fp16()
+    collector = Collector()
+    with running(prepare(parse_command_line([*MODEL_FLAGS, *TRAINING_FLAGS, *flags]))) as run:
+
+        def spoil(gradient: torch.Tensor) -> torch.Tensor:
+            spoils = run.topology.world.rank == victim and run.state.step + 1 in steps
+            return gradient.index_fill(0, torch.zeros(1, dtype=torch.long), math.inf) if spoils else gradient
+
+        vectors = [p for p in run.engine.module.parameters() if len(getattr(p, "ds_shape", p.shape)) == 1]
+        vectors[0].register_hook(spoil)
+        run.sinks = [collector]
+        try:
+            train(run)
+            said = "trained to the end"
+        except DivergedError as error:
+            said = str(error)
+    return [(m.loss, m.grad_norm, m.loss_scale, m.skipped) for m in collector.steps], said
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.fixture(scope="module")
+def reference(corpus: str) -> list[tuple[Any, ...]]:
+    ((found, _),) = run_ranks(_training, 1, ["--data-path", corpus, *FLAGS], 0, OVERFLOWS)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("world_size", "flags", "victim"),
+    [
+        (4, [*TP2, *PP2, "--sequence-parallel"], 0),
+        (2, ["--zero-stage", "2"], 1),
+        (2, ["--zero-stage", "3", *TP2], 1),
+    ],
+    ids=["tp2-pp2", "zero2-dp2", "zero3-tp2"],
+)
+def test_fp16_trains_as_fp32_and_leaves_out_an_overflow_of_one_rank_on_all(
+    world_size: int, flags: list[str], victim: int, corpus: str, reference: list[tuple[Any, ...]]
+) -> None:
+    ranks = run_ranks(_training, world_size, ["--data-path", corpus, *FLAGS, *FP16, *flags], victim, OVERFLOWS)
+    losses, norms, _, _ = zip(*reference, strict=True)
+    for steps, said in ranks:
+        assert (steps, said) == (ranks[0][0], "trained to the end")
+        assert [number for number, step in enumerate(steps, 1) if step[3]] == list(OVERFLOWS)
+        assert [step[2] for step in steps] == SCALES
+        np.testing.assert_allclose([step[0] for step in steps], losses, rtol=RELATIVE)
+        kept = [place for place in range(len(steps)) if place + 1 not in OVERFLOWS]
+        np.testing.assert_allclose([steps[place][1] for place in kept], [norms[place] for place in kept], rtol=RELATIVE)
