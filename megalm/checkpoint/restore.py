@@ -20,6 +20,9 @@ from megalm.models.gpt.weights import Weight, initial_rule, named_in_model, name
 from megalm.parallel.initialise import Constant, drawn_rows
 from megalm.topology.group import Group
 
+SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+"""Attributes of DeepSpeed's adaptive loss scaler that training moves; the others say how."""
+
 
 def named_parameters(module: nn.Module) -> Iterator[tuple[Weight, nn.Parameter]]:
     """This rank's parameters with the weights that they are parts of; `module` is a GPT or a GPTPipeline."""
@@ -169,8 +172,11 @@ class Restorer:
         return torch.cat([block for _, block in blocks]).view(len(rows), *weight.shape[1:])
 
     def _restore_loss_scaler(self, files: OptimizerFiles) -> None:
-        stored = files.loss_scaler()
+        """Go on with an adaptive scale of fp16's loss; a fixed one, and the bounds of the other, are this run's own."""
+        stored = files.loss_scaler() or {}
         scaler = getattr(self._engine.optimizer, "loss_scaler", None)
-        if stored is not None and scaler is not None:
-            known = vars(scaler)
-            known.update({name: value for name, value in stored.items() if name in known and name != "scale_window"})
+        if scaler is None or any(name not in known for name in SCALE for known in (stored, vars(scaler))):
+            return
+        vars(scaler).update({name: stored[name] for name in SCALE})
+        scaler.cur_scale = max(scaler.cur_scale, scaler.min_scale)
+        scaler.cur_hysteresis = min(scaler.cur_hysteresis, scaler.delayed_shift)

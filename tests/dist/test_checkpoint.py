@@ -25,23 +25,23 @@ ENGINES = [
     pytest.param(2, 1, 1, 3, "fp32", id="fp32-zero3-dp2"),
     pytest.param(2, 1, 1, 3, "bf16", id="bf16-zero3-dp2"),
     pytest.param(2, 1, 2, 0, "fp16", id="fp16-pp2"),
+    pytest.param(2, 1, 1, 3, "fp16", id="fp16-zero3-dp2"),
 ]
 
 
 def save_then_go_on(folder: str, options: dict[str, Any]) -> dict[str, Any]:
     """Train 3 steps, save, train 3 more; then a fresh run loads and trains the same 3."""
-    from deepspeed.accelerator import get_accelerator
-
     from megalm.checkpoint.find import find_checkpoint
     from megalm.checkpoint.load import load_checkpoint
     from megalm.checkpoint.save import save_checkpoint
+    from tests.support.half import allow_fp16
     from tests.support.training import TinyRun, tiny_config
 
     config = tiny_config(**options)
     if options["dtype"] == "fp16":
-        # DeepSpeed refuses fp16 on CPUs for its speed; torch computes it.
-        type(get_accelerator()).is_fp16_supported = lambda self: True
-        config = replace(config, training=replace(config.training, initial_loss_scale=256.0))
+        allow_fp16()
+        # Twice as much after two steps, and after two more.
+        config = replace(config, training=replace(config.training, initial_loss_scale=256.0, loss_scale_window=2))
     run = TinyRun(config)
     run.train(0, 3)
     save_checkpoint(
@@ -69,7 +69,9 @@ def save_then_go_on(folder: str, options: dict[str, Any]) -> dict[str, Any]:
         "resumed": again.train(3, 6),
         "at_end": at_end,
         "resumed_end": again.digest(),
-        "scale": (run.engine.raw.loss_scale(), again.engine.raw.loss_scale()) if options["dtype"] == "fp16" else (0, 0),
+        "scales": [dict(vars(one.engine.raw.optimizer.loss_scaler)) for one in (run, again)]
+        if options["dtype"] == "fp16"
+        else [{}, {}],
         "steps": (run.engine.raw.global_steps, again.engine.raw.global_steps),
     }
 
@@ -85,7 +87,8 @@ def test_resumed_run_is_bit_identical(
         assert result["resumed_end"] == result["at_end"]
         assert result["state"] == {"step": 3, "consumed_samples": 12}
         assert result["steps"] == (6, 6)
-        assert result["scale"][0] == result["scale"][1]
+        assert result["scales"][0] == result["scales"][1]
+        assert result["scales"][0].get("cur_scale", 1024.0) == 1024.0
     stage = zero_stage if dtype == "fp32" else max(zero_stage, 1)
     check_files(tmp_path, tp=tp, pp=pp, dp=world_size // (tp * pp), zero_stage=stage, dtype=dtype)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -90,3 +92,44 @@ def test_fp16_trains_as_fp32_and_leaves_out_an_overflow_of_one_rank_on_all(
         np.testing.assert_allclose([step[0] for step in steps], losses, rtol=RELATIVE)
         kept = [place for place in range(len(steps)) if place + 1 not in OVERFLOWS]
         np.testing.assert_allclose([steps[place][1] for place in kept], [norms[place] for place in kept], rtol=RELATIVE)
+
+
+def _scalers(folder: str) -> dict[str, dict[str, Any]]:
+    """What the loss scaler is after a checkpoint of a run with another was loaded."""
+    from megalm.checkpoint.find import find_checkpoint
+    from megalm.checkpoint.load import load_checkpoint
+    from megalm.checkpoint.save import save_checkpoint
+    from tests.support.half import allow_fp16
+    from tests.support.training import TinyRun, tiny_config
+
+    allow_fp16()
+    config = tiny_config(dtype="fp16")
+
+    def run_with(**training: Any) -> TinyRun:
+        return TinyRun(replace(config, training=replace(config.training, **training)), topology=topology)
+
+    topology = None
+    first = run_with(initial_loss_scale=256.0, loss_scale_window=2)
+    topology = first.topology
+    first.train(0, 3)
+    save_checkpoint(first.engine.raw, folder, {"step": 3}, config=config, topology=topology)
+    found = {"first": dict(vars(first.engine.raw.optimizer.loss_scaler))}
+    others: dict[str, dict[str, Any]] = {
+        "bounds": {"hysteresis": 1, "min_loss_scale": 4.0, "loss_scale_window": 7},
+        "higher": {"min_loss_scale": 1024.0},
+        "fixed": {"loss_scale": 64.0},
+    }
+    for name, training in others.items():
+        run = run_with(**training)
+        load_checkpoint(run.engine.raw, find_checkpoint(folder), config=config, topology=topology)
+        found[name] = dict(vars(run.engine.raw.optimizer.loss_scaler))
+    return found
+
+
+def test_a_resumed_run_goes_on_with_the_scale_and_takes_its_own_options(tmp_path: Path) -> None:
+    (found,) = run_ranks(_scalers, 1, str(tmp_path))
+    first, bounds, higher, fixed = (found[name] for name in ("first", "bounds", "higher", "fixed"))
+    assert (first["cur_scale"], first["cur_iter"]) == (512.0, 3)
+    assert bounds == {**first, "min_scale": 4.0, "scale_window": 7, "delayed_shift": 1, "cur_hysteresis": 1}
+    assert (higher["cur_scale"], higher["min_scale"], higher["cur_iter"]) == (1024.0, 1024.0, 3)
+    assert (fixed["cur_scale"], fixed["dynamic"]) == (64.0, False)
