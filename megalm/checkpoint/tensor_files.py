@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import zipfile
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
@@ -79,7 +80,8 @@ def snapshot(state: Any, *, copy: bool) -> Any:
     """The same structure with every tensor detached, on the host, and alone in its storage.
 
     torch.save writes whole storages, so a view of a flat buffer must be cloned, or each file holds the buffer. With
-    `copy` every tensor is cloned, so that training may go on while the result is written.
+    `copy` every tensor is cloned, and so is any other object (a loss scaler), so that training may go on while the
+    result is written.
     """
     if isinstance(state, torch.Tensor):
         host = state.detach().to("cpu")
@@ -90,7 +92,7 @@ def snapshot(state: Any, *, copy: bool) -> Any:
         return type(state)((key, snapshot(value, copy=copy)) for key, value in state.items())
     if type(state) in (list, tuple):
         return type(state)(snapshot(value, copy=copy) for value in state)
-    return state
+    return deepcopy(state) if copy else state
 
 
 def write_tensors(path: Path, state: Any) -> FileRecord:
