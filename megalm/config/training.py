@@ -52,8 +52,8 @@ class TrainingConfig:
 
     max_skipped_steps: int = option(
         10,
-        doc="fp32, bf16: stop when so many updates in a row were left out, as gradients were not finite; 0 goes on. In "
-        "fp16 the least loss scale ends the run.",
+        doc="Stop when so many updates in a row were left out, as gradients were not finite; 0 goes on. In fp16 the "
+        "least loss scale ends the run instead, unless --loss-scale fixes it.",
     )
 
     loss_spike_threshold: float = option(

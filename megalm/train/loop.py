@@ -102,7 +102,11 @@ def train(run: Run) -> int:
         if skip(run):
             reason = run.stop.agree(run.state.step, run.topology)
             continue
-        metrics = step(run)
+        try:
+            metrics = step(run)
+        except DivergedError:
+            _finish_last_save(run)
+            raise
         for sink in run.sinks:
             sink.log_step(metrics)
         for line in run.stragglers.look(metrics.step, num_samples=metrics.global_batch_size or 1):
@@ -214,21 +218,24 @@ def step(run: Run) -> StepMetrics:
 
 
 def stop_if_diverged(run: Run, metrics: StepMetrics) -> None:
-    """Count updates in a row that were left out because gradients were not finite; fp16's loss scale has its own end.
+    """Count updates in a row that were left out because gradients were not finite; fp16's loss scale has its own end,
+    unless it is fixed.
 
     Raises: DivergedError, the same on every rank, after training.max_skipped_steps of them. Nothing is saved: what is
     on disk is from before, or holds the same parameters.
     """
     training = run.config.training
     run.skipped_in_a_row = run.skipped_in_a_row + 1 if metrics.skipped else 0
-    if training.dtype == "fp16" or not 0 < training.max_skipped_steps <= run.skipped_in_a_row:
+    adapts = training.dtype == "fp16" and training.loss_scale is None
+    if adapts or not 0 < training.max_skipped_steps <= run.skipped_in_a_row:
         return
     _finish_last_save(run)
     first = metrics.step - run.skipped_in_a_row + 1
+    lower = "a lower --lr" if training.loss_scale is None else "a lower --loss-scale or --lr"
     raise DivergedError(
         f"gradients were not finite in {run.skipped_in_a_row} steps in a row, {first} to {metrics.step}, and no update "
         "was made; --max-skipped-steps ends the run\n"
-        f"  go on from a checkpoint of before step {first} with a lower --lr, or without the data that follow: "
+        f"  go on from a checkpoint of before step {first} with {lower}, or without the data that follow: "
         "--skip-train-iteration-range"
     )
 

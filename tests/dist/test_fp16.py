@@ -94,6 +94,26 @@ def test_fp16_trains_as_fp32_and_leaves_out_an_overflow_of_one_rank_on_all(
         np.testing.assert_allclose([steps[place][1] for place in kept], [norms[place] for place in kept], rtol=RELATIVE)
 
 
+def test_an_overflow_at_the_least_scale_ends_the_run_with_the_checkpoint_that_was_on_its_way(
+    corpus: str, tmp_path: Path
+) -> None:
+    flags = ["--data-path", corpus, *FLAGS, "--fp16", "--initial-loss-scale", "256", "--min-loss-scale", "128", *PP2]
+    flags += ["--save", str(tmp_path / "run"), "--save-interval", "3", "--async-save"]
+    # The first overflow takes the scale to its least; that step is still being saved at the second.
+    for steps, said in run_ranks(_training, 2, [*flags, "--hysteresis", "1"], 1, (3, 4)):
+        assert [(scale, skipped) for _, _, scale, skipped in steps] == [(256.0, False)] * 2 + [(128.0, True)]
+        assert said.startswith("gradients overflow in fp16 although the loss scale is at its least")
+    assert (tmp_path / "run" / "latest").read_text() == "global_step3"
+
+
+def test_overflows_in_a_row_at_a_fixed_scale_end_the_run(corpus: str) -> None:
+    flags = ["--data-path", corpus, *FLAGS, "--fp16", "--loss-scale", "256", "--max-skipped-steps", "3"]
+    ((steps, said),) = run_ranks(_training, 1, flags, 0, tuple(range(3, 20)))
+    assert [(scale, skipped) for _, _, scale, skipped in steps] == [(256.0, False)] * 2 + [(256.0, True)] * 3
+    assert "3 steps in a row, 3 to 5" in said
+    assert "a lower --loss-scale or --lr" in said
+
+
 def _scalers(folder: str) -> dict[str, dict[str, Any]]:
     """What the loss scaler is after a checkpoint of a run with another was loaded."""
     from megalm.checkpoint.find import find_checkpoint
