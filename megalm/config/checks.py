@@ -302,6 +302,18 @@ def _precision(config: Config) -> Iterator[Failure]:
             origins(config, "training.initial_loss_scale"),
             "4096, 65536, 4294967296",
         )
+    least = training.min_loss_scale
+    if training.dtype == "fp16" and least > 0 and not least.is_integer():
+        yield Failure(
+            f"{set_to(config, 'training.min_loss_scale')} must be a whole number: DeepSpeed takes no other",
+            origins(config, "training.min_loss_scale"),
+            "1, the default, or more",
+        )
+    if training.dtype == "fp16" and training.loss_scale is None and least > scale > 0:
+        yield Failure(
+            f"{set_to(config, 'training.min_loss_scale')} must not exceed training.initial_loss_scale = {scale}",
+            origins(config, "training.min_loss_scale", "training.initial_loss_scale"),
+        )
 
 
 def gelu_linear_needs(config: Config, name: str) -> tuple[tuple[str, bool, str], ...]:

@@ -78,6 +78,11 @@ def test_error_has_value_rule_origin_and_what_would_work() -> None:
         ("--rampup-batch-size 2 3 10 --global-batch-size 4", "does not reach training.global_batch_size = 4"),
         ("--loss-scale 8 --bf16", "training.loss_scale = 8.0 has no meaning in bf16"),
         ("--initial-loss-scale 1000 --fp16", "training.initial_loss_scale = 1000.0 must be a power of two"),
+        ("--min-loss-scale 0.5 --fp16", "training.min_loss_scale = 0.5 must be a whole number"),
+        (
+            "--min-loss-scale 512 --initial-loss-scale 256 --fp16",
+            "training.min_loss_scale = 512.0 must not exceed training.initial_loss_scale = 256.0",
+        ),
         ("--train-weighted-split-paths g", "data.data_path excludes weighted groups"),
         ("--split 1,2,3,4", "data.split = '1,2,3,4' must be one to three proportions"),
         ("--split nan,1", "data.split = 'nan,1' must be one to three proportions"),
