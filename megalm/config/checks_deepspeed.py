@@ -22,13 +22,20 @@ def deepspeed_failures(config: Config) -> Iterator[Failure]:
         value = config.deepspeed.get(key, 1)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             yield Failure(f"{key} = {value!r} must be a whole number greater than 0", IN_FILE, "or remove it")
-    yield from _zero_blocks(config, config.deepspeed.get("zero_optimization", {}))
+    zero = config.deepspeed.get("zero_optimization", {})
+    yield from _zero_blocks(config, zero)
     yield from _instruments(config)
     for key, without in (("prescale_gradients", False), ("gradient_predivide_factor", 1.0)):
         if config.deepspeed.get(key, without) == without:
             continue
         if config.parallel.zero_stage == 3:
-            yield Failure(f"{key} cannot be combined with ZeRO-3", IN_FILE, "remove it, or --zero-stage 0, 1 or 2")
+            yield Failure(f"{key} cannot be combined with ZeRO-3", IN_FILE, "remove it, or --zero-stage 0 or 1")
+        elif config.parallel.zero_stage == 2 and zero.get("reduce_scatter", True):
+            yield Failure(
+                f"{key} cannot be combined with ZeRO-2, which reduce-scatters",
+                IN_FILE,
+                "remove it, or --zero-stage 0 or 1, or zero_optimization.reduce_scatter = false",
+            )
         elif _sums_in_fp32(config):
             yield Failure(f"{key} guards sums in 16 bits, and bf16 gradients are summed in fp32", IN_FILE, "remove it")
     for key in WITHOUT_MASTERS:

@@ -130,11 +130,14 @@ def test_refused_blocks_that_ask_for_nothing_are_accepted(tmp_path: Path) -> Non
             with_file(tmp_path, content, *more)
 
 
-def test_what_zero3_does_not_do_is_refused_there_alone(tmp_path: Path) -> None:
+def test_guards_of_16_bit_sums_are_refused_where_zero_lacks_them(tmp_path: Path) -> None:
     for content in ({"prescale_gradients": True}, {"gradient_predivide_factor": 2.0}):
-        with pytest.raises(ConfigError, match="cannot be combined with ZeRO-3"):
-            with_file(tmp_path, content, "--zero-stage", "3")
-        assert with_file(tmp_path, content, "--zero-stage", "2").deepspeed == content
+        for stage in ("2", "3"):
+            with pytest.raises(ConfigError, match=f"cannot be combined with ZeRO-{stage}"):
+                with_file(tmp_path, content, "--zero-stage", stage)
+        reducing = {**content, "zero_optimization": {"reduce_scatter": False}}
+        assert with_file(tmp_path, reducing, "--zero-stage", "2").deepspeed == reducing
+        assert with_file(tmp_path, content, "--zero-stage", "1").deepspeed == content
 
 
 def test_guards_of_16_bit_sums_are_refused_where_sums_are_fp32(tmp_path: Path) -> None:
