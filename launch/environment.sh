@@ -6,6 +6,7 @@
 # CUDA_DEVICE_MAX_CONNECTIONS  1 is set here on GPUs: kernels start in the order in which they were given, so that what
 #                   tensor parallelism sends is under way before the product that hides it
 # PYTORCH_CUDA_ALLOC_CONF  expandable_segments:True is set here on GPUs: less memory lost between tensors
+# TRITON_DEFAULT_FP_FUSION  1 is set here on GPUs: what Triton has done so far, and warns from 3.9 on that it will not
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
@@ -32,6 +33,7 @@ if [ "${DS_ACCELERATOR:-}" = cpu ]; then
 else
     export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
     export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}
+    export TRITON_DEFAULT_FP_FUSION=${TRITON_DEFAULT_FP_FUSION:-1}
 fi
 
 require_module() {

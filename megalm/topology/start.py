@@ -146,7 +146,8 @@ def allow_collectives(minutes: float) -> None:
         if isinstance(getattr(distributed_c10d, name, None), timedelta):
             setattr(distributed_c10d, name, timedelta(minutes=minutes))
     groups = getattr(distributed_c10d, "_world", None)
-    set_timeout = getattr(distributed_c10d, "_set_pg_timeout", None)  # private in torch 2.7 to 2.13
+    # Public since torch 2.15, where the other one warns.
+    set_timeout = getattr(distributed_c10d, "set_timeout", None) or getattr(distributed_c10d, "_set_pg_timeout", None)
     if groups is not None and set_timeout is not None:
         for group in list(groups.pg_map):
             set_timeout(timedelta(minutes=minutes), group)

@@ -44,7 +44,7 @@ SECONDS_AFTER = 5
 SECONDS_TO_WRITE = 3.0
 """The folder may lie on what hangs."""
 STORE_THREAD = "pt_tcpstore"
-"""How the names of the threads begin that serve torch's TCPStore, in torch 2.7 to 2.13."""
+"""How the names of the threads begin that serve torch's TCPStore, in torch 2.9 to 2.15."""
 LOOKS_OF_A_DIGEST = 2
 """How many looks a digest of what all ranks told may stay the same before another rank takes over making it."""
 WAITING = "waiting for data"

@@ -32,6 +32,7 @@ def compile_for_hopper(kernel: Any, arguments: dict[str, Any], folder: Path, *, 
     """
     import triton
     from triton.backends.compiler import GPUTarget
+    from triton.backends.nvidia.compiler import get_ptxas
     from triton.compiler import ASTSource
 
     signature, constants, attributes = {}, {}, {}
@@ -52,9 +53,8 @@ def compile_for_hopper(kernel: Any, arguments: dict[str, Any], folder: Path, *, 
     compiled = triton.compile(source, target=GPUTarget("cuda", ARCHITECTURE, 32), options={"num_warps": num_warps})
     ptx = compiled.asm["ptx"]
     (folder / "kernel.ptx").write_text(ptx)
-    ptxas = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
     command = [
-        str(ptxas),
+        str(get_ptxas(ARCHITECTURE).path),
         "-v",
         f"--gpu-name=sm_{ARCHITECTURE}a",
         str(folder / "kernel.ptx"),

@@ -77,9 +77,9 @@ def _masked_blocks(q: Tensor, mask: Tensor) -> BlockMask:
         def visible(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
             return (j <= i) & (j >= starts[b, i])
     else:
-        hidden = square_mask(mask).expand(q.size(0), 1, -1, -1)
+        hidden = square_mask(mask).expand(q.size(0), 1, -1, -1)[:, 0]
 
         def visible(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-            return (j <= i) & ~hidden[b, 0, i, j]
+            return (j <= i) & ~hidden[b, i, j]
 
     return create_block_mask(visible, q.size(0), None, q.size(2), q.size(2), device=str(q.device))
