@@ -12,7 +12,7 @@ from threading import Thread
 from typing import Any
 
 from megalm.checkpoint.agreement import AnyOf, agree
-from megalm.checkpoint.draft import Draft, unseen
+from megalm.checkpoint.draft import Draft, wait_until_seen
 from megalm.checkpoint.durable import FileRecord, make_folder, unlink, write_text
 from megalm.checkpoint.engine_files import HostCopies
 from megalm.checkpoint.retention import Retention
@@ -172,14 +172,12 @@ class BackgroundSaver:
         )
 
     def _publish(self, draft: Draft) -> None:
+        num_ranks = self._topology.world.size
+        wait_until_seen(draft.temporary, {_records_name(rank): None for rank in range(num_ranks)})
         records = []
-        for rank in range(self._topology.world.size):
+        for rank in range(num_ranks):
             path = draft.temporary / _records_name(rank)
-            try:
-                written = json.loads(path.read_text(encoding="utf-8"))
-            except FileNotFoundError as error:
-                raise unseen(draft.temporary, [path.name]) from error
-            records += [FileRecord(**entry) for entry in written]
+            records += [FileRecord(**entry) for entry in json.loads(path.read_text(encoding="utf-8"))]
             unlink(path)
         self._num_bytes = sum(record.bytes for record in records)
         self._problems = draft.publish(records)

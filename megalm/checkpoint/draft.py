@@ -100,7 +100,7 @@ class Draft:
         Returns what went wrong after the checkpoint had its name: old ones that could not be removed.
         Raises: CheckpointError if this host does not see what another one wrote.
         """
-        self._check_that_all_are_here(records)
+        wait_until_seen(self.temporary, {record.name: record.bytes for record in records})
         own = [
             write_text(self.temporary / layout.TRAIN_STATE, self.state_text),
             write_text(self.temporary / layout.CONFIG, config_to_yaml(as_given(self.config))),
@@ -113,34 +113,34 @@ class Draft:
         _, problems = remove_outdated(self.folder, self.retention, newest=self.final, lineage=lineage)
         return problems
 
-    def _check_that_all_are_here(self, records: list[FileRecord]) -> None:
-        """A network file system may show other hosts' files a moment later; one that is not shared never does."""
-        missing = records
-        for pause_seconds in (0.0, *RETRY_PAUSES_SECONDS):
-            time.sleep(pause_seconds)
-            missing = [record for record in missing if not _is_here(self.temporary / record.name, record.bytes)]
-            if not missing:
-                return
-        raise unseen(self.temporary, [record.name for record in missing])
-
     def discard(self) -> None:
         """Remove what was written; a disk that refuses even that keeps a folder that nothing reads."""
         with contextlib.suppress(OSError):
             remove_folder(self.temporary)
 
 
-def unseen(folder: Path, names: list[str]) -> CheckpointError:
-    """The first rank's error where it does not see files that other ranks have written."""
-    return CheckpointError(
-        f"{folder} lacks {listed(names, 3)} on {socket.gethostname()}, where rank 0 is, though other ranks have "
+def wait_until_seen(folder: Path, sizes: Mapping[str, int | None]) -> None:
+    """Wait on the first rank for files that other ranks have written, of these sizes where they are known: a network
+    file system may show them a moment later, and one that is not shared never does.
+
+    Raises: CheckpointError after some seconds.
+    """
+    missing = list(sizes)
+    for pause_seconds in (0.0, *RETRY_PAUSES_SECONDS):
+        time.sleep(pause_seconds)
+        missing = [name for name in missing if not _is_here(folder / name, sizes[name])]
+        if not missing:
+            return
+    raise CheckpointError(
+        f"{folder} lacks {listed(missing, 3)} on {socket.gethostname()}, where rank 0 is, though other ranks have "
         "written them\n"
         "  --save must name a folder that all hosts share"
     )
 
 
-def _is_here(path: Path, size: int) -> bool:
+def _is_here(path: Path, size: int | None) -> bool:
     try:
-        return path.stat().st_size == size
+        return size in (None, path.stat().st_size)
     except FileNotFoundError:
         return False
 
