@@ -73,9 +73,7 @@ class LayerFiles:
             raise CheckpointError(
                 f"{file} has no tensor {weight.key!r}; it has {', '.join(map(str, state)) or 'nothing'}"
             )
-        expected = list(weight.shape)
-        if weight.partition_dim is not None:
-            expected[weight.partition_dim] //= self.tp_size
+        expected = list(weight.shard_shape(self.tp_size))
         if not part.is_floating_point():
             raise CheckpointError(f"{file}: {weight.key} holds {part.dtype}, and weights are floating-point")
         if list(part.shape) != expected:

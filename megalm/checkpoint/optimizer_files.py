@@ -122,10 +122,9 @@ class OptimizerFiles:
 
     def whole(self, weight: Weight, key: str) -> Tensor:
         """One of a weight's states, whole: shards of all tensor ranks concatenated."""
-        shape = list(weight.shape)
         if weight.partition_dim is None:
-            return self.state_of_copies(weight).pieces[key].range(0, weight.numel).view(shape)
-        shape[weight.partition_dim] //= self._tp_size
+            return self.state_of_copies(weight).pieces[key].range(0, weight.numel).view(weight.shape)
+        shape = weight.shard_shape(self._tp_size)
         count = weight.numel // self._tp_size
         version, head_size = self._layers.qkv_version, self._layers.shape.block.head_size
         parts = []
@@ -140,8 +139,7 @@ class OptimizerFiles:
         Rows of query_key_value as they are now must be the stored ones: see `in_current_order`.
         """
         assert weight.partition_dim is not None
-        shape = list(weight.shape)
-        shape[weight.partition_dim] //= self._tp_size
+        shape = weight.shard_shape(self._tp_size)
         width = math.prod(shape[1:])
         found = []
         for rank in range(self._tp_size):

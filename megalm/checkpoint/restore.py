@@ -67,12 +67,9 @@ class Restorer:
         stored = self._source.get(weight.name)
         if stored is None:
             raise CheckpointError(f"the checkpoint has no {weight.name}")
-        own_shape = list(weight.shape)
-        if weight.partition_dim is not None:
-            own_shape[weight.partition_dim] //= self._tp.size
         value = self._value(stored, weight, parameter)
         if not isinstance(state, ShardedState):
-            parameter.copy_(value.view(own_shape))
+            parameter.copy_(value.view(weight.shard_shape(self._tp.size)))
         owned = state.owned(parameter)
         if owned is None:
             return
@@ -102,9 +99,7 @@ class Restorer:
     def _owned_of_others_shards(self, files: OptimizerFiles, weight: Weight, key: str, owned: range) -> Tensor:
         """What this rank keeps of a weight that is cut over another number of tensor ranks: of a stage's states, whose
         hundreds of gigabytes each of its ranks would otherwise read, the rows that it lies in."""
-        shape = list(weight.shape)
-        assert weight.partition_dim is not None
-        shape[weight.partition_dim] //= self._tp.size
+        shape = weight.shard_shape(self._tp.size)
         width = math.prod(shape[1:])
         rows = range(owned.start // width, -(-owned.stop // width))
         first = self._tp.rank * shape[0] if weight.partition_dim == 0 else 0

@@ -38,6 +38,10 @@ class Weight:
             product *= size
         return product
 
+    def shard_shape(self, tp_size: int) -> tuple[int, ...]:
+        """Sizes of what one of `tp_size` tensor ranks holds."""
+        return tuple(size // tp_size if dim == self.partition_dim else size for dim, size in enumerate(self.shape))
+
 
 def final_norm_layer(shape: GPTShape) -> int:
     """Position of the final LayerNorm."""
