@@ -12,6 +12,7 @@ from megalm.checkpoint.lineage import Tip
 from megalm.checkpoint.retention import published_checkpoints
 from megalm.checkpoint.roll_backs import RollBack, parse_roll_backs, to_json
 from megalm.errors import CheckpointError
+from megalm.telemetry.aside import free_name
 
 
 def read_roll_backs(folder: Path) -> tuple[RollBack, ...]:
@@ -65,11 +66,10 @@ def set_aside_roll_backs(folder: Path) -> Path | None:
     Returns the new name; None if there is nothing of the kind.
     Raises: CheckpointError if it cannot be renamed.
     """
-    file, number = folder / layout.ROLL_BACKS, 1
+    file = folder / layout.ROLL_BACKS
     if not file.exists():
         return None
-    while (aside := file.with_name(f"{file.name}.{number}")).exists():
-        number += 1
+    aside = free_name(file)
     with writing_to(aside):
         rename(file, aside)
     return aside

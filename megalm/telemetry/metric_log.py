@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from megalm.errors import ConfigError, DataError
+from megalm.telemetry.aside import free_name
 
 
 class MetricLog:
@@ -95,9 +96,7 @@ def set_aside(path: Path, first_step: int) -> Path | None:
         return None
     if not any(record["step"] < first_step and record["kind"] != "resume" for _, record in _whole_lines(path)):
         return None
-    number = 1
-    while (aside := path.with_name(f"{path.name}.{number}")).exists():
-        number += 1
+    aside = free_name(path)
     try:
         path.rename(aside)
     except OSError as failure:
